@@ -1,0 +1,242 @@
+"""Every knob of a run: one dataclass tree, one comment each.
+
+A config file is Python that ends in `config = Config(...)`: it is executed, so run only files you trust. The command
+line overrides it by dotted keys, `model.max_length=1024 datasets=[a.jsonl,b.jsonl]`; a leading `++` or `--` is accepted.
+This file imports nothing heavy, so that --help and a misspelt key answer at once.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PeftConfig:
+    lora_r: int = 64  # rank of the low-rank update
+    lora_alpha: float = 256  # the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.05  # dropout on the input of the update
+    target_modules: str | list[str] = "all-linear"  # names of linears, [q_proj,v_proj], or all-linear: all but the head
+
+
+@dataclass
+class ModelConfig:
+    name_or_path: str = ""  # required: a Hugging Face model, by hub name or folder (or describe one by random_init)
+    tokenizer_name_or_path: str = ""  # where the tokenizer is, if not with the model
+    random_init: dict | None = None  # a transformers config, {"model_type": "llama", ...}: random weights, nothing is loaded
+    load_from: str = ""  # folder with weights to start from instead of name_or_path's
+    from_checkpoint: str = ""  # folder written by this script to go on from: weights, optimizer, schedule, place in the data
+    batch_size: int = 32  # examples per optimizer step, over all ranks and accumulation steps
+    gradient_accumulation_steps: int = 1  # microbatches per rank and optimizer step
+    max_length: int = 2048  # tokens per row; longer rows lose their oldest turns first, then the end of the last answer
+    max_prompt_length: int = 1024  # tokens of prompt kept in a row that is still too long after that
+    max_grad_norm: float = 1.0  # the gradient's global norm is clipped to this
+    activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
+    use_peft: bool = False  # train LoRA adapters, not the weights
+    load_lora_from: str = ""  # folder of an adapter to go on from
+    peft: PeftConfig = field(default_factory=PeftConfig)
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = False  # also log to Weights & Biases; metrics.jsonl is written in any case
+    project: str = "sft"  # W&B project
+
+
+@dataclass
+class Config:
+    exp_name: str = ""  # required: the run's name; it writes to {cache_dir}/{exp_name}
+    datasets: list[str] = field(default_factory=list)  # required: .json or .jsonl files, or folders of them, to train on
+    eval_datasets: list[str] = field(default_factory=list)  # held-out files or folders
+    eval_fraction: float = 0.0  # fraction of the training rows to hold out where there are no eval_datasets
+    cache_dir: str = ".cache"  # where runs, tokenised data and downloaded models are kept
+    seed: int = 1  # of the shuffle, of random weights, of dropout
+    n_epochs: int = 1  # passes over the training rows
+    n_examples: int | None = None  # train on this many examples instead of n_epochs
+    lr: float = 5e-6  # peak learning rate, reached at the end of warmup
+    warmup: float = 0.10  # fraction of the steps with a linearly growing learning rate; after it, a cosine to 0
+    weight_decay: float = 0.01  # AdamW's, on matrices alone: not on norms and biases
+    beta1: float = 0.9  # AdamW: decay of the mean gradient
+    beta2: float = 0.999  # AdamW: decay of the mean squared gradient
+    eps: float = 1e-5  # AdamW: added to the root of the mean squared gradient
+    eval_every: int = 20_000  # examples between evaluations; there is always one at the end
+    n_eval_examples: int = 256  # held-out examples per evaluation
+    n_eval_answers: int = 0  # held-out prompts answered greedily at the first and the last evaluation, scored by exact match
+    do_first_eval: bool = True  # evaluate before the first step
+    intermediate_checkpoints: bool = False  # write a checkpoint at each evaluation, not only FINAL
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one line each."""
+
+
+def check(config: Config, world_size: int) -> list[str]:
+    """Returns what is wrong with the values, one line each."""
+    model, errors = config.model, []
+
+    def require(condition, message):
+        if not condition:
+            errors.append(message)
+
+    require(config.exp_name, "exp_name is required: a name for the run")
+    require(not re.search(r"[/\\\0]", config.exp_name) and config.exp_name not in (".", ".."),
+            f"exp_name={config.exp_name!r} must be a plain name, not a path")
+    require(config.datasets, "datasets is required: files or folders to train on, datasets=[a.jsonl,b.jsonl]")
+    require(model.name_or_path or model.random_init, "model.name_or_path is required: a Hugging Face model's name or folder")
+    require(not model.random_init or "model_type" in model.random_init,
+            'model.random_init needs a "model_type", as in {"model_type": "llama", "hidden_size": 128}')
+    require(not model.random_init or model.name_or_path or model.tokenizer_name_or_path,
+            "model.tokenizer_name_or_path is required where model.random_init describes the model")
+    for key in ("lr", "n_epochs", "n_examples", "eval_every", "eps", "model.max_length", "model.max_prompt_length",
+                "model.max_grad_norm", "model.peft.lora_r", "model.batch_size", "model.gradient_accumulation_steps"):
+        value = get_key(config, key)
+        require(value is None or value > 0, f"{key}={value} must be above 0")
+    for key in ("weight_decay", "n_eval_examples", "n_eval_answers"):
+        require(get_key(config, key) >= 0, f"{key}={get_key(config, key)} must not be negative")
+    for key in ("warmup", "eval_fraction", "beta1", "beta2", "model.peft.lora_dropout"):
+        require(0 <= get_key(config, key) < 1, f"{key}={get_key(config, key)} must be at least 0 and below 1")
+    require(model.max_prompt_length < model.max_length, f"model.max_prompt_length={model.max_prompt_length} must be "
+            f"below model.max_length={model.max_length}, to leave room for an answer")
+    microbatches = world_size * max(1, model.gradient_accumulation_steps)
+    require(model.batch_size % microbatches == 0,
+            f"model.batch_size={model.batch_size} must be divisible by {world_size} ranks x "
+            f"{model.gradient_accumulation_steps} accumulation steps = {microbatches}")
+    require(not (config.eval_datasets and config.eval_fraction), "eval_datasets and eval_fraction exclude each other")
+    require(not model.use_peft and not model.load_lora_from, "model.use_peft: LoRA is not part of this version")
+    return errors
+
+
+def load_config(argv: list[str], world_size: int) -> Config:
+    """`["--config", "configs/llama.py", "lr=1e-5", ...]` → a checked Config. Raises ConfigError with all that is wrong."""
+    path, overrides, rest = "", {}, list(argv)
+    errors = []
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.lstrip("+-").partition("=")
+        if key == "config":
+            path = text if equals else rest.pop(0) if rest else ""
+        elif equals:
+            overrides[key] = text
+        else:
+            errors.append(f"{argument!r} is not of the form key=value")
+    if not path:
+        raise ConfigError("\n".join(["--config is required: a file such as configs/tiny.py", *errors]))
+    if not os.path.isfile(path):
+        raise ConfigError("\n".join([f"--config {path}: no such file", *errors]))
+    try:
+        config = runpy.run_path(path).get("config")
+    except Exception as error:  # whatever the file does wrong, the user is told which file
+        raise ConfigError("\n".join([f"--config {path}: {type(error).__name__}: {error}", *errors])) from error
+    if not isinstance(config, Config):
+        raise ConfigError("\n".join([f"--config {path}: the file must set `config = Config(...)`", *errors]))
+
+    known = dict(keys(Config))
+    for key, (hint, _, _) in known.items():
+        value = get_key(config, key)
+        if not fits(value, hint):
+            errors.append(f"{path}: {key}={value!r} must be {type_name(hint)}")
+    for key, text in overrides.items():
+        if key not in known:
+            errors.append(f"unknown key {key!r}{nearest(key, known)}")
+            continue
+        try:
+            set_key(config, key, parse(text, known[key][0]))
+        except ValueError:
+            errors.append(f"{key}={text!r} must be {type_name(known[key][0])}")
+    if not errors:  # the checks of the values take the right types for granted
+        errors = check(config, world_size)
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return config
+
+
+def usage() -> str:
+    """Returns every key with its default, type and comment."""
+    lines = ["torchrun --nproc_per_node=N sft.py --config configs/FILE.py [key=value ...]", ""]
+    for key, (hint, default, comment) in keys(Config):
+        shown = "required" if comment.startswith("required") else json.dumps(default)
+        lines.append(f"  {key} = {shown}  ({type_name(hint)})\n      {comment.removeprefix('required: ')}")
+    return "\n".join(lines)
+
+
+def keys(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, tuple]]:
+    """Yields (dotted key, (type, default, comment)) of every knob; the comment is the one in the source above."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    hints, defaults = typing.get_type_hints(cls), cls()
+    for item in dataclasses.fields(cls):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, (hint, getattr(defaults, item.name), comments.get(item.name, ""))
+
+
+def get_key(config, key: str):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def set_key(config, key: str, value) -> None:
+    *parents, name = key.split(".")
+    setattr(get_key(config, ".".join(parents)) if parents else config, name, value)
+
+
+def nearest(key: str, known: typing.Iterable[str]) -> str:
+    """Returns ", did you mean ...?", by the whole key or by its last part alone; or "" where nothing is like it."""
+    by_last_part = {name.split(".")[-1]: name for name in known}
+    match = difflib.get_close_matches(key, known, 1) or difflib.get_close_matches(key.split(".")[-1], by_last_part, 1)
+    return f", did you mean {by_last_part.get(match[0], match[0])!r}?" if match else " (--help lists them all)"
+
+
+def parse(text: str, hint):
+    """Reads the text of an override as the type `hint`. Raises ValueError where it is not one."""
+    if isinstance(hint, types.UnionType):  # X | None, or str | list[str]
+        options = typing.get_args(hint)
+        if text in ("null", "None") and type(None) in options:
+            return None
+        return parse(text, options[1] if text.startswith("[") else options[0])
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    if hint is dict:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(text)
+        return value
+    if typing.get_origin(hint) is list:
+        items = text.removeprefix("[").removesuffix("]").split(",")
+        return [item.strip().strip("'\"") for item in items if item.strip()]
+    value = hint(text)
+    if hint is float and not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def fits(value, hint) -> bool:
+    """Whether the value is of the type; an int serves as a float, a bool does not serve as an int."""
+    if isinstance(hint, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def type_name(hint) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join("null" if option is type(None) else type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return "a list, [a,b]"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text", dict: "a JSON object"}[hint]

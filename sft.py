@@ -1,0 +1,386 @@
+"""Supervised fine-tuning of a Hugging Face causal language model: the schedule, the loss, the loop.
+
+    torchrun --nproc_per_node=4 sft.py --config configs/llama.py datasets=[chats.jsonl] exp_name=llama3-8B-sft
+    python sft.py --help    # every key of the configuration
+"""
+
+import os
+import sys
+
+from configs.base import Config, ConfigError, load_config, usage
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
+    if {"--help", "-h"} & set(sys.argv):
+        sys.exit(print(usage()))
+    try:
+        config = load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+    except ConfigError as error:
+        sys.exit(f"sft.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+
+import dataclasses
+import itertools
+import json
+import math
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+from data import IGNORE, ChatEncoder, DataError, SFTDataLoader, TokenisedRows, split_rows, to_messages, tokenise
+from fsdp_utils import (
+    ShardingError,
+    all_reduce_sums,
+    clip_gradients,
+    init_processes,
+    load_optimizer,
+    save_checkpoint,
+    shard_model,
+)
+from model_utils import ModelError, load_model, load_tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm: what a fork changes
+
+
+def get_lr(step: int, total_steps: int, warmup: float, peak: float) -> float:
+    """The learning rate of step 1, 2, … total_steps: linear to `peak` over the first `warmup` of them, then cosine to 0.
+
+    A pure function of the step, so nothing has to be restored. Loshchilov & Hutter 2017 (SGDR), eq. 5, with one period.
+    """
+    warmup_steps = max(1, round(warmup * total_steps))
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def get_batch_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns log p(token | the tokens before it), (B, T - 1) fp32: of labels[:, 1:], and 0 where that is IGNORE.
+
+    logits (B, T, V) of any float type; labels (B, T) int64, not shifted, IGNORE (-100) where a token is no target.
+    """
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]  # the logits at a token predict the next one
+    targets = labels != IGNORE
+    logps = logits.log_softmax(-1).gather(-1, labels.where(targets, 0).unsqueeze(-1)).squeeze(-1)
+    return logps.where(targets, 0.0)
+
+
+def get_batch_metrics(model: nn.Module, batch: dict, mode: str, global_target_count: int) -> tuple[torch.Tensor, dict]:
+    """Returns (loss, metrics) of a microbatch.
+
+    The loss is this microbatch's share of the step's: its NLL over the targets of the *whole* step, all ranks and
+    microbatches. So gradients are summed, never averaged, and come out the same however the step is cut up.
+    Metrics are [sum, count] pairs, float64, to be summed over microbatches and ranks before they are divided:
+        loss/{mode}   NLL per target, in nats
+        logps/{mode}  log-probability of all targets of an example together
+    """
+    labels = batch["target_labels"]
+    logits = model(input_ids=batch["target_combined_input_ids"], attention_mask=batch["target_combined_attention_mask"],
+                   use_cache=False).logits
+    logps = get_batch_logps(logits, labels)
+    nll = -logps.sum()
+    targets = labels != IGNORE
+    metrics = {f"loss/{mode}": (nll, targets.sum()), f"logps/{mode}": (-nll, targets.any(-1).sum())}
+    metrics = {key: torch.stack([value.detach().double() for value in pair]) for key, pair in metrics.items()}
+    return nll / global_target_count, metrics
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); norms and biases, which have one dimension, do not decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},
+              {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr,
+                             betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(config: Config) -> None:
+    run_dir = Path(config.cache_dir, config.exp_name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    source = config.model.from_checkpoint or config.model.load_from or config.model.name_or_path
+    tokenizer = load_tokenizer(config.model.from_checkpoint or config.model.tokenizer_name_or_path or config.model.name_or_path,
+                               config.cache_dir)
+    encoder = ChatEncoder(tokenizer, config.model.max_length, config.model.max_prompt_length)
+    # Before the processes join: a large data set may take longer to tokenise than a collective may take.
+    rows = tokenise(config.datasets, encoder, config.cache_dir)
+    train_ids, eval_ids = split_rows(len(rows), config.eval_fraction, config.seed)
+    eval_rows = rows
+    if config.eval_datasets:
+        eval_rows = tokenise(config.eval_datasets, encoder, config.cache_dir)
+        eval_ids = np.arange(len(eval_rows))
+    n_held_out, eval_ids = len(eval_ids), eval_ids[:config.n_eval_examples]
+
+    rank, world_size, device = init_processes()
+    if rank:
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(config.seed)
+    random_init = None if config.model.from_checkpoint or config.model.load_from else config.model.random_init
+    model = load_model(source, random_init, tokenizer, encoder.stop_id, config.cache_dir)
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shard_model(model, device)
+    torch.manual_seed(config.seed + rank)  # every rank drops out other activations
+    optimizer = make_optimizer(model, config)
+    counter = 0
+    if config.model.from_checkpoint:
+        load_optimizer(source, model, optimizer)
+        counter = json.loads(Path(source, "metrics.json").read_text())["counter"]
+
+    deal = {"batch_size": config.model.batch_size, "pad_id": tokenizer.pad_token_id, "rank": rank, "world_size": world_size}
+    n_examples = config.n_examples or config.n_epochs * len(train_ids)
+    loader = SFTDataLoader(rows, train_ids, n_examples=n_examples, seed=config.seed, start=counter,
+                           accumulation=config.model.gradient_accumulation_steps, **deal)
+    eval_loader = SFTDataLoader(eval_rows, eval_ids, n_examples=len(eval_ids), seed=None, **deal)
+    if rank == 0:
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(show_example(tokenizer, *rows[train_ids[0]]))
+        print(f"train: {describe(rows.counts)}; {n_examples} examples = {loader.n_steps} steps of {config.model.batch_size}")
+        print(f"eval: {len(eval_ids)} of {n_held_out} held-out rows; model: {n_parameters / 1e6:.1f}M parameters on "
+              f"{world_size} x {device.type}")
+    log = Log(config, run_dir, loader.n_steps, counter, rank, device)
+    answers = {}  # "before" and "after" → graded answers to held-out prompts
+
+    def evaluate(when: str | None = None) -> None:
+        if len(eval_ids):
+            log.add({"step": step, "counter": counter, **eval_metrics(model, eval_loader, device)})
+        if when and config.n_eval_answers:
+            answers[when] = answer_prompts(model, encoder, eval_rows, eval_ids[:config.n_eval_answers], device)
+
+    def save(name: str) -> None:
+        scheduler = {"step": step, "total_steps": loader.n_steps, "warmup": config.warmup, "lr": config.lr}
+        texts = {"metrics.json": log.last, "scheduler.json": scheduler, "sft_config.json": dataclasses.asdict(config)}
+        save_checkpoint(str(run_dir / name), model, optimizer, tokenizer,
+                        {file: json.dumps(content, indent=2) for file, content in texts.items()})
+
+    model.train()
+    step, sums = counter // config.model.batch_size, Counter()
+    if config.do_first_eval:
+        evaluate("before")
+    for batch in loader:
+        batch = to_device(batch, device)
+        loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
+        loss.backward()
+        sums.update(metrics)
+        if not batch["ends_step"]:
+            continue
+        step, counter = step + 1, counter + batch["n_examples"]
+        lr = get_lr(step, loader.n_steps, config.warmup, config.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = clip_gradients(model.parameters(), config.model.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.add_step({"step": step, "counter": counter, "lr": lr, "grad_norm": grad_norm, **all_reduce_sums(sums)}, batch)
+        sums.clear()
+        if counter // config.eval_every > (counter - batch["n_examples"]) // config.eval_every and step < loader.n_steps:
+            evaluate()
+            if config.intermediate_checkpoints:
+                save(f"step-{step}")
+    evaluate("after")
+    log.close()
+    save("FINAL")
+    if rank == 0:
+        print(log.summary())
+        if answers:
+            print(show_answers(answers))
+        print(f"saved to {run_dir / 'FINAL'}: AutoModelForCausalLM.from_pretrained({str(run_dir / 'FINAL')!r})")
+    dist.destroy_process_group()
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+@torch.no_grad()
+def eval_metrics(model: nn.Module, loader: SFTDataLoader, device: torch.device) -> dict[str, float]:
+    """Returns the exact mean of each metric over the loader's rows, on every rank."""
+    model.eval()
+    sums = Counter()
+    for batch in loader:
+        _, metrics = get_batch_metrics(model, to_device(batch, device), "eval", batch["global_target_count"])
+        sums.update(metrics)
+    model.train()
+    return {key: (total / count).item() for key, (total, count) in all_reduce_sums(sums).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is logged and shown
+
+
+class Log:
+    """metrics.jsonl, the progress bar and W&B, written by rank 0.
+
+    A step's numbers are read one step late: reading them at once would make the host wait for the device in every step.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, n_steps: int, counter: int, rank: int, device: torch.device):
+        self.rank, self.device, self.pending, self.last, self.records = rank, device, None, {"counter": counter}, []
+        self.clock = self.started = time.perf_counter()
+        if rank == 0:
+            self.file = open(run_dir / "metrics.jsonl", "a" if counter else "w")
+            self.bar = tqdm(total=n_steps, initial=counter // config.model.batch_size, unit="step", desc="training")
+            self.wandb = None
+            if config.wandb.enabled:
+                import wandb
+                self.wandb = wandb.init(project=config.wandb.project, name=config.exp_name, dir=run_dir,
+                                        config=dataclasses.asdict(config))
+
+    def add_step(self, record: dict, batch: dict) -> None:
+        """record: numbers, 0-d tensors and [sum, count] tensors. batch: the step's last, for the counts of the whole step."""
+        self.flush()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.pending = record | {"target_fraction": batch["global_target_count"] / batch["global_token_count"],
+                                 "tokens_per_second": batch["global_token_count"] / seconds,
+                                 "examples_per_second": batch["n_examples"] / seconds}
+
+    def flush(self) -> None:
+        record, self.pending = self.pending, None
+        if record is None:
+            return
+        for key, value in record.items():
+            if torch.is_tensor(value):
+                record[key] = (value[0] / value[1] if value.ndim else value).item()
+        record["peak_memory_gb"] = peak_memory(self.device) / 1e9
+        self.write(record)
+        if self.rank == 0:
+            speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+            self.bar.set_postfix_str(f"loss {record['loss/train']:.3f}, {speed}", refresh=False)
+            self.bar.update()
+
+    def add(self, record: dict) -> None:
+        """Writes an evaluation, whose time is not counted to the step's."""
+        self.flush()
+        self.write(record)
+        if self.rank == 0:
+            self.bar.write(f"step {record['step']}: held-out loss {record['loss/eval']:.4f}")
+        self.clock = time.perf_counter()
+
+    def write(self, record: dict) -> None:
+        self.last = self.last | record
+        self.records.append(record)
+        if self.rank == 0:
+            print(json.dumps(record), file=self.file, flush=True)
+            if self.wandb:
+                self.wandb.log(record, step=record["counter"])
+
+    def close(self) -> None:
+        self.flush()
+        if self.rank == 0:
+            self.bar.close()
+            self.file.close()
+            if self.wandb:
+                self.wandb.finish()
+
+    def summary(self) -> str:
+        steps = [record for record in self.records if "loss/train" in record]
+        evals = [record["loss/eval"] for record in self.records if "loss/eval" in record]
+        lines = [f"{len(steps)} steps in {time.perf_counter() - self.started:.0f} s, "
+                 f"peak memory {self.last.get('peak_memory_gb', 0):.1f} GB"]
+        if steps:
+            lines += [f"loss/train {steps[0]['loss/train']:.4f} → {steps[-1]['loss/train']:.4f}",
+                      plot([record["loss/train"] for record in steps])]
+        if evals:
+            lines.append(f"loss/eval {evals[0]:.4f} → {evals[-1]:.4f}")
+        return "\n".join(lines)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns bytes: the most the device's tensors have held at once, or on a CPU the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plot(values: list[float], width: int = 72, height: int = 10) -> str:
+    """Draws a curve in text; each column is the mean of its share of the values."""
+    columns = [float(np.mean(part)) for part in np.array_split(values, min(width, len(values)))]
+    low, high = min(columns), max(columns)
+    rows = [round((value - low) / ((high - low) or 1) * (height - 1)) for value in columns]
+    lines = []
+    for row in reversed(range(height)):
+        label = {height - 1: f"{high:.3f}", 0: f"{low:.3f}"}.get(row, "")
+        lines.append(f"{label:>8} │" + "".join("•" if at == row else " " for at in rows))
+    return "\n".join([*lines, " " * 9 + "└" + "─" * len(columns)])
+
+
+def describe(counts: dict) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def show_example(tokenizer, ids: np.ndarray, trained: np.ndarray) -> str:
+    """Returns the row's text with its targets in green, or in ⟦brackets⟧ where the output is not a terminal."""
+    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    parts = []
+    for is_target, group in itertools.groupby(zip(ids.tolist(), trained.tolist()), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group])
+        parts.append(f"{before}{text}{after}" if is_target else text)
+    return "--- an example; what is trained is marked\n" + "".join(parts) + "\n---"
+
+
+@torch.no_grad()
+def answer_prompts(model: nn.Module, encoder: ChatEncoder, rows: TokenisedRows, indices: np.ndarray,
+                   device: torch.device) -> list[dict]:
+    """Answers the last question of each row greedily; returns [{"skill", "prompt", "expected", "answer"}] on every rank.
+
+    A row of the files may name its "skill", by which the answers are then scored.
+    """
+    tokenizer, rank, world_size = encoder.tokenizer, dist.get_rank(), dist.get_world_size()
+    results, prompts = [], []
+    for index in indices[rank::world_size]:
+        row = rows.source(index)
+        *conversation, last = to_messages(row)
+        prompts.append(encoder.ids(encoder.render(encoder.fold_system(conversation), for_answer=True)))
+        results.append({"skill": row.get("skill", "all"), "prompt": conversation[-1]["content"], "expected": last["content"]})
+    longest = max(map(len, prompts), default=1)
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts] or [[pad]], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts] or [[1]], device=device)
+    model.eval()  # a rank that has finished goes on with the others: generate gathers the weights for every token
+    output = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None,
+                            max_new_tokens=min(256, encoder.max_length - encoder.max_prompt_length), synced_gpus=world_size > 1)
+    model.train()
+    for result, generated in zip(results, output[:, longest:]):
+        result["answer"] = tokenizer.decode(generated, skip_special_tokens=True)
+    everyone = [None] * world_size
+    dist.all_gather_object(everyone, results)
+    return [result for results in everyone for result in results]
+
+
+def show_answers(answers: dict[str, list[dict]], n_samples: int = 8) -> str:
+    """Returns a few of the last answers, and the part that is exactly right by skill, before and after."""
+    lines = ["--- held-out prompts, answered after training"]
+    samples = {result["skill"]: result for result in reversed(answers["after"])}
+    for result in [*samples.values()][:n_samples] if len(samples) > 1 else answers["after"][:n_samples]:
+        sign = "✓" if is_right(result) else f"✗ (expected {result['expected']!r})"
+        lines.append(f"{result['prompt']} → {result['answer']} {sign}")
+    lines.append(f"--- exactly right, in %{'':9}" + "".join(f"{when:>8}" for when in answers))
+    for skill in [*sorted(samples), "all"] if "all" not in samples else ["all"]:
+        rights = [[is_right(result) for result in results if skill in (result["skill"], "all")] for results in answers.values()]
+        lines.append(f"{skill:<30}" + "".join(f"{100 * sum(right) / len(right):8.0f}" for right in rights))
+    return "\n".join(lines)
+
+
+def is_right(result: dict) -> bool:
+    return result["answer"].strip() == result["expected"].strip()
+
+
+if __name__ == "__main__":
+    try:
+        main(config)
+    except (DataError, ModelError, ShardingError) as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(60)  # the first rank of this machine finds the same error and says so; torchrun then ends this one
+        sys.exit(f"sft.py: {error}")
