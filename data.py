@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import heapq
 import json
 import math
 import multiprocessing
@@ -20,7 +21,7 @@ import re
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -244,6 +245,7 @@ class ChatEncoder:
                 ids, spans = self.encode([*head, self.shorten(head, turns[0]), turns[1]])
         trained = [False] * len(ids)
         for start, stop in spans:
+            start = max(start, 1)  # nothing comes before the first token to predict it from
             if stop > self.max_length:  # the terminator goes with the end of the answer: half of one is no target
                 stop = min(stop - len(self.ids(self.terminator)), self.max_length)
             trained[start:stop] = [True] * (stop - start)
@@ -464,42 +466,88 @@ def split_rows(n_rows: int, eval_fraction: float, seed: int) -> tuple[np.ndarray
     return np.sort(order[n_eval:]), np.sort(order[:n_eval])
 
 
+def pack(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
+    """Deals documents of these lengths into groups, none of more than `capacity` tokens unless a single document is.
+
+    There are as few groups as hold them in some multiple of `multiple`, and their token counts are nearly equal: the
+    longest document comes first, and each goes to the group with the fewest tokens (Graham 1969, at most 4/3 of the best).
+    """
+    n_groups = max(1, math.ceil(lengths.sum() / capacity / multiple)) * multiple
+    while True:
+        groups = [[] for _ in range(n_groups)]
+        heap = [(0, i) for i in range(n_groups)]  # (tokens, group)
+        for document in np.argsort(-lengths, kind="stable").tolist():
+            tokens, i = heap[0]
+            groups[i].append(document)
+            heapq.heapreplace(heap, (tokens + int(lengths[document]), i))
+        if all(len(groups[i]) <= 1 or tokens <= capacity for tokens, i in heap):
+            return groups
+        n_groups += multiple
+
+
+def batch_by_length(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
+    """Deals rows into groups of like length, none of more than `capacity` tokens with its padding unless of a single row.
+
+    As many groups as in `pack`, in runs of neighbours by length, each padded to its longest row.
+    """
+    by_length = np.argsort(lengths, kind="stable")
+    n_groups = multiple
+    while True:
+        groups = np.array_split(by_length, n_groups)
+        if all(len(group) <= 1 or len(group) * lengths[group[-1]] <= capacity for group in groups):
+            return [group.tolist() for group in groups]
+        n_groups += multiple
+
+
 class SFTDataLoader:
-    """Iterates over the microbatches of one rank; n_steps * (microbatches a step) of them, the same number on every rank.
+    """Iterates over the microbatches of one rank; every rank has as many of them, in each step.
 
     The rows come in epochs, each in a new order that seed and epoch give whatever the number of ranks (or in the given
     order where seed is None), one epoch after the other without a gap. Step k takes the batch_size rows from
-    k * batch_size on, and only the very last step may have fewer. A step's rows are sorted by length and dealt in
-    world_size * accumulation runs of neighbours, so that a microbatch holds rows of like length; a rank for which no row
-    is left gets one token without a target, because the others' collectives wait for its forward.
+    k * batch_size on, and only the very last step may have fewer. A step's rows are dealt over ranks and microbatches so
+    that none exceeds `microbatch_tokens`, there are at least `accumulation` microbatches, and token counts are balanced.
+    A rank for which no row is left gets one token without a target: the others' collectives wait for its forward.
 
-    A batch holds (B rows, T tokens of the longest of them)
-        target_combined_input_ids        (B, T) int64, padded on the right with pad_id
+    A batch holds (B rows, T tokens)
+        target_combined_input_ids        (B, T) int64
         target_combined_attention_mask   (B, T) int64, 1 on tokens and 0 on padding, by length: pad_id may be a real token
         target_labels                    (B, T) int64, the ids where they are targets and IGNORE elsewhere
+        target_positions                 (N,) int64, the places in the flattened labels of the N targets
+        position_ids                     (B, T) int64, from 0 in each document
+        document_ends                    (documents + 1,) int32, if packed: 0, and where each document ends; else None
+        longest                          tokens of the longest document
+        n_documents                      rows in this microbatch
         global_target_count              targets in the whole step, over all ranks and microbatches
         global_token_count               tokens in the whole step
         n_examples                       rows in the whole step
         ends_step                        whether this is the rank's last microbatch of the step
+    Packed, B is 1 and the rows stand one after the other; otherwise they are padded on the right to the longest.
     """
 
     def __init__(self, rows: TokenisedRows, indices: np.ndarray, batch_size: int, n_examples: int, seed: int | None,
-                 pad_id: int, rank: int = 0, world_size: int = 1, accumulation: int = 1, start: int = 0):
+                 pad_id: int, packing: bool, microbatch_tokens: int, accumulation: int = 1, rank: int = 0,
+                 world_size: int = 1, start: int = 0):
         self.rows, self.indices, self.batch_size, self.n_examples, self.seed = rows, indices, batch_size, n_examples, seed
-        self.pad_id, self.rank, self.world_size, self.accumulation = pad_id, rank, world_size, accumulation
+        self.pad_id, self.packing, self.microbatch_tokens, self.accumulation = pad_id, packing, microbatch_tokens, accumulation
+        self.rank, self.world_size = rank, world_size
         self.start = start  # examples to skip, a multiple of batch_size; costs nothing
         self.n_steps = math.ceil(n_examples / batch_size)
 
     def __iter__(self) -> Iterator[dict]:
+        return prefetch(self.batches())
+
+    def batches(self) -> Iterator[dict]:
         for first in range(self.start, self.n_examples, self.batch_size):
             step_rows = self.rows_at(first, min(first + self.batch_size, self.n_examples))
-            step_rows = step_rows[np.argsort(self.rows.lengths[step_rows], kind="stable")]
+            lengths = self.rows.lengths[step_rows]
             counts = {"global_target_count": int(self.rows.targets[step_rows].sum()),
-                      "global_token_count": int(self.rows.lengths[step_rows].sum()), "n_examples": len(step_rows)}
-            runs = np.array_split(step_rows, self.world_size * self.accumulation)
-            for i in range(self.accumulation):
-                batch = collate([self.rows[row] for row in runs[i * self.world_size + self.rank]], self.pad_id)
-                yield {**batch, **counts, "ends_step": i == self.accumulation - 1}
+                      "global_token_count": int(lengths.sum()), "n_examples": len(step_rows)}
+            deal, collate = (pack, collate_packed) if self.packing else (batch_by_length, collate_padded)
+            groups = deal(lengths, self.microbatch_tokens, self.world_size * self.accumulation)
+            mine = groups[self.rank::self.world_size]
+            for i, group in enumerate(mine):
+                rows = [self.rows[row] for row in step_rows[group]] or [(np.array([self.pad_id]), np.array([False]))]
+                yield {**collate(rows, self.pad_id), **counts, "n_documents": len(group), "ends_step": i == len(mine) - 1}
 
     def rows_at(self, start: int, stop: int) -> np.ndarray:
         """Returns the rows at places start … stop - 1 of the endless sequence of epochs."""
@@ -514,13 +562,43 @@ def epoch_order(n: int, seed: int | None, epoch: int) -> np.ndarray:
     return np.arange(n) if seed is None else np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def collate(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict:
-    rows = rows or [(np.array([pad_id]), np.array([False]))]
-    shape = len(rows), max(len(ids) for ids, _ in rows)
-    input_ids, mask, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
-    for i, (ids, trained) in enumerate(rows):
-        ids = torch.from_numpy(ids.astype(np.int64))
-        input_ids[i, :len(ids)] = ids
-        mask[i, :len(ids)] = 1
-        labels[i, :len(ids)] = ids.where(torch.from_numpy(np.array(trained)), IGNORE)
-    return {"target_combined_input_ids": input_ids, "target_combined_attention_mask": mask, "target_labels": labels}
+def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict:
+    """Rows of (ids, trained) → one row of them all, one after the other."""
+    ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
+    trained = np.concatenate([trained for _, trained in rows])
+    lengths = np.array([len(ids) for ids, _ in rows])
+    ends = np.concatenate([[0], lengths.cumsum()])
+    positions = np.arange(len(ids)) - ends[:-1].repeat(lengths)
+    return as_batch(ids[None], trained[None], np.ones((1, len(ids))), positions[None], lengths.max(), ends)
+
+
+def collate_padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict:
+    """Rows of (ids, trained) → a row of a batch each, padded on the right."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = np.stack([np.pad(ids, (0, longest - len(ids)), constant_values=pad_id) for ids, _ in rows])
+    trained = np.stack([np.pad(trained, (0, longest - len(trained))) for _, trained in rows])
+    mask = np.stack([np.arange(longest) < len(ids) for ids, _ in rows])
+    return as_batch(ids, trained, mask, np.arange(longest)[None].repeat(len(rows), 0), longest, None)
+
+
+def as_batch(ids, trained, mask, positions, longest, ends) -> dict:
+    batch = {"target_combined_input_ids": ids, "target_combined_attention_mask": mask,
+             "target_labels": np.where(trained, ids, IGNORE), "target_positions": np.flatnonzero(trained),
+             "position_ids": positions}
+    batch = {key: torch.from_numpy(array.astype(np.int64)) for key, array in batch.items()}
+    return batch | {"document_ends": None if ends is None else torch.from_numpy(ends.astype(np.int32)), "longest": int(longest)}
+
+
+def prefetch(batches: Iterator[dict]) -> Iterator[dict]:
+    """Makes the next batch in a thread, in memory that a GPU copies from without waiting, while this one is computed."""
+    def make() -> dict | None:
+        batch = next(batches, None)
+        if batch and torch.cuda.is_available():
+            batch = {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
+        return batch
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(make)
+        while batch := ahead.result():
+            ahead = thread.submit(make)
+            yield batch

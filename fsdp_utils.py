@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
 class ShardingError(ValueError):
@@ -44,8 +44,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(outermost, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
-def shard_model(model: nn.Module, device: torch.device) -> None:
+def shard_model(model: nn.Module, device: torch.device, *methods: str) -> None:
     """Shards each block and then the rest, in place: FSDP2 gathers one block at a time, computes, and frees it.
+
+    `methods` are the names of those that compute with the weights, as forward does.
 
     Weights, their gradients' reduction and so the optimizer stay fp32; on a GPU that has bf16 the compute is bf16.
     Gradients are summed over the ranks, not averaged: the loss is divided by the global target count already.
@@ -61,6 +63,8 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
     for module in (model, *blocks):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales too
+    for method in methods:
+        register_fsdp_forward_method(model, method)
     unsharded = [name for name, parameter in model.named_parameters() if not isinstance(parameter, dist.tensor.DTensor)]
     assert not unsharded, f"not sharded, so never reduced: {unsharded}"
 

@@ -1,9 +1,17 @@
-"""The model and its tokenizer, as transformers has them, made ready for training on conversations."""
+"""The model: its tokenizer and weights as transformers has them, attention over packed documents, the log-prob kernel."""
 
+import math
+import types
 
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
 
 
 class ModelError(ValueError):
@@ -67,8 +75,221 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: 
     generation.pad_token_id = tokenizer.pad_token_id
     if any(value is not None for value in (generation.temperature, generation.top_p, generation.top_k)):
         generation.do_sample = True  # transformers refuses to save sampling settings that are switched off
+    model.target_logps = types.MethodType(target_logps, model)
     return model
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing: documents one after the other in a single row, each of which sees only itself
+
+
+def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, softcap=None,
+                       cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    """Causal attention in which no document sees another, for transformers' AttentionInterface.
+
+    query (1, heads, T, D), key and value (1, kv heads, T, D); the documents are tokens cu_seq_lens_q[i] up to
+    cu_seq_lens_q[i + 1]. A sliding window of w lets a token see itself and the w - 1 before it; softcap bounds the scores
+    (Gemma 2). Returns (1, T, heads, D) and None for the probabilities, which are never made.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if query.is_cuda and varlen_attn and not softcap and not dropout and query.shape[-1] <= 256:
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        window = (sliding_window - 1 if sliding_window else -1, 0)  # none to the right: causal
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window)
+        return out.unsqueeze(0), None
+
+    lengths = cu_seq_lens_q.diff().tolist()
+    outs = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+        length = q.shape[2]
+        mask = None
+        if softcap or (sliding_window and length > sliding_window):
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+            mask = mask.triu(1 - sliding_window) if sliding_window else mask
+        if softcap:
+            scores = softcap * torch.tanh(q @ k.repeat_interleave(groups, 1).transpose(2, 3) * (scaling / softcap))
+            probabilities = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+            out = F.dropout(probabilities, dropout, module.training) @ v.repeat_interleave(groups, 1)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling,
+                                                 enable_gqa=groups > 1)
+        outs.append(out)
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("documents", document_attention)
+
+
+def enable_packing(model, device: torch.device) -> str:
+    """Switches the model to document_attention; returns "", or why it can't be packed, and leaves it as it was.
+
+    Whether it can is tried: two documents in one row must come out as they do apart, up to a hundredth of what they do
+    when nothing keeps them apart. Models that look at their neighbours otherwise than by attention (state spaces,
+    convolutions) do not pass, nor those whose attention can't be replaced. All ranks must call it.
+    """
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} has an attention of its own"
+    own_attention, was_training = model.config._attn_implementation, model.training
+    ids = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(8), torch.arange(16)]).to(device)[None]
+    targets = torch.tensor([*range(1, 8), *range(9, 24)], device=device)
+
+    def row_of(*ends: int) -> torch.Tensor:
+        ends = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+        return model.target_logps(ids, ids, targets, position_ids=positions, document_ends=ends, longest=24)
+
+    model.eval()
+    try:
+        with torch.no_grad():
+            apart = torch.cat([model.target_logps(part, part, torch.arange(1, part.shape[1], device=device))
+                               for part in ids.split([8, 16], dim=1)])
+            model.set_attn_implementation("documents")
+            packed, mixed = row_of(8, 24), row_of(24)
+        problem = "mixes documents" if (packed - apart).abs().max() > 0.01 * (mixed - apart).abs().max() else ""
+    except (TypeError, ValueError, AttributeError) as error:
+        problem = f"takes no other attention ({first_line(error)})"
+    model.train(was_training)
+    if problem:
+        model.set_attn_implementation(own_attention)
+        return f"{type(model).__name__} {problem}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log-prob kernel
+
+
+def target_logps(model, input_ids, labels, target_positions, attention_mask=None, position_ids=None, document_ends=None,
+                 longest=None) -> torch.Tensor:
+    """Log p(target | the tokens before it), (N,) fp32, of the labels at target_positions, flat places in (B, T).
+
+    Only the tokens before a target are projected to the vocabulary. With document_ends (documents + 1,) the row is packed.
+    A method of the model, so that FSDP2 gathers the head's weight for it as it does for a forward.
+    """
+    packed = {} if document_ends is None else {"cu_seq_lens_q": document_ends, "cu_seq_lens_k": document_ends,
+                                               "max_length_q": longest, "max_length_k": longest}
+    hidden = model.base_model(input_ids=input_ids, attention_mask=None if packed else attention_mask,
+                              position_ids=position_ids, use_cache=False, **packed).last_hidden_state
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    return linear_logps(hidden.flatten(0, 1)[target_positions - 1], head.weight, labels.flatten()[target_positions],
+                        head.bias, scale, getattr(config, "final_logit_softcapping", None), uniform=True)  # Gemma
+
+
+def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None,
+                 scale: float = 1.0, softcap: float | None = None, uniform: bool = False) -> torch.Tensor:
+    """Log-probabilities of labels under a vocabulary head, without ever holding the (N, V) logits. Equals
+
+        logits = (hidden @ weight.T + bias) * scale                 # then, with a softcap: softcap * tanh(logits / softcap)
+        logps = logits.float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+    hidden (N, H), weight (V, H), bias (V,), all fp32 or all bf16; labels (N,) int64 in [0, V). Returns (N,) fp32.
+
+    With p = softmax(z) of a row's logits z and g the gradient of the loss to its logp:
+        logp      = z[label] - log sum exp z
+        d/dz      = g (onehot(label) - p)
+        d/dhidden = d/dz @ weight
+        d/dweight = d/dz.T @ hidden, summed over the rows
+    The rows go through in chunks, whose logits become probabilities and then gradients in one preallocated buffer.
+
+    When is the gradient made? If `uniform`, which promises that the loss is c * logps.sum() for some c, at once in the
+    forward, while p is at hand, and the backward only multiplies it by c: three matmuls a chunk (logits, hidden, weight).
+    With a frozen head likewise, for any g, since g only scales the rows of d/dhidden: two matmuls, and (N, H) is kept.
+    Otherwise g must be known first, and the backward makes the logits again: four matmuls.
+    """
+    return LinearLogps.apply(hidden, weight, bias, labels, scale, softcap, uniform)
+
+
+class LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, uniform):
+        ctx.head, ctx.uniform = (scale, softcap), uniform
+        wanted = ctx.needs_input_grad[:3]
+        ctx.made = any(wanted) and (uniform or not any(wanted[1:]))
+        logps, *grads = sweep(hidden, weight, bias, labels, scale, softcap, None, wanted if ctx.made else (False,) * 3)
+        ctx.save_for_backward(*(grads if ctx.made else (hidden, weight, bias, labels)))
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        if not ctx.made:
+            _, *grads = sweep(*ctx.saved_tensors, *ctx.head, grad_logps, ctx.needs_input_grad[:3])
+        elif ctx.uniform:
+            if grad_logps.numel() > 1 and grad_logps.stride(0) != 0:  # what sum() hands back is one number, expanded
+                raise RuntimeError("linear_logps(uniform=True) is for a loss of c * logps.sum(); this one weighs tokens apart")
+            c = grad_logps[:1].sum()  # 0 where there are no rows
+            grads = [None if grad is None else grad.mul_(c) for grad in ctx.saved_tensors]
+        else:
+            grads = [ctx.saved_tensors[0] * grad_logps[:, None].to(ctx.saved_tensors[0].dtype), None, None]
+        return *grads, None, None, None, None
+
+
+def sweep(hidden, weight, bias, labels, scale, softcap, grad_logps, wanted):
+    """One pass over the rows in chunks: (logps, d/dhidden, d/dweight, d/dbias), None for the gradients not wanted.
+
+    grad_logps (N,) is g above; None stands for ones.
+    """
+    (n_rows, _), vocabulary, fp32 = hidden.shape, len(weight), torch.promote_types(hidden.dtype, torch.float32)
+    size = chunk_rows(hidden, vocabulary)
+    logits = hidden.new_empty(min(size, n_rows), vocabulary, dtype=fp32)
+    logps = hidden.new_empty(n_rows, dtype=fp32)
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=fp32) if wanted[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=fp32) if wanted[2] else None
+
+    for start in range(0, n_rows, size):
+        rows = slice(start, start + size)
+        h, label = hidden[rows], labels[rows, None]
+        z = add_matmul(logits[:len(h)], h, weight.T, beta=0)
+        if bias is not None:
+            z += bias
+        if scale != 1:
+            z *= scale
+        if softcap:
+            z.div_(softcap).tanh_()
+            slope = 1 - z.square()  # of softcap * tanh(z / softcap)
+            z *= softcap
+        torch.log_softmax(z, -1, out=z)
+        logps[rows] = z.gather(1, label).squeeze(1)
+        if not any(wanted):
+            continue
+        p = z.exp_()
+        minus_dz = p.scatter_add_(1, label, torch.full_like(p[:, :1], -1.0))  # p - onehot
+        if softcap:
+            minus_dz *= slope
+        if grad_logps is not None:
+            minus_dz *= grad_logps[rows, None]
+        if scale != 1:
+            minus_dz *= scale
+        if wanted[2]:
+            grad_bias -= minus_dz.sum(0)
+        minus_dz = minus_dz.to(hidden.dtype)
+        if wanted[0]:
+            torch.addmm(grad_hidden[rows], minus_dz, weight, beta=0, alpha=-1, out=grad_hidden[rows])
+        if wanted[1]:
+            add_matmul(grad_weight, minus_dz.T, h, alpha=-1)
+    if wanted[1]:
+        grad_weight = grad_weight.to(weight.dtype)
+    if wanted[2]:
+        grad_bias = grad_bias.to(bias.dtype)
+    return logps, grad_hidden, grad_weight, grad_bias
+
+
+def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+    """out = beta * out + alpha * a @ b, in place and in out's precision also where a and b are bf16."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    if a.is_cuda:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
+
+
+def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
+    """Rows a chunk: enough for the matmuls to run at full speed, few enough for the logits to be small beside the model."""
+    budget = 512 << 20 if hidden.is_cuda else 64 << 20  # bytes of fp32 logits
+    return max(128, budget // (4 * vocabulary) // 128 * 128)

@@ -43,7 +43,7 @@ from fsdp_utils import (
     save_checkpoint,
     shard_model,
 )
-from model_utils import ModelError, load_model, load_tokenizer
+from model_utils import ModelError, enable_packing, load_model, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm: what a fork changes
@@ -64,6 +64,7 @@ def get_lr(step: int, total_steps: int, warmup: float, peak: float) -> float:
 def get_batch_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Returns log p(token | the tokens before it), (B, T - 1) fp32: of labels[:, 1:], and 0 where that is IGNORE.
 
+    The definition, from whole logits. Training computes the same numbers by model.target_logps, which makes no logits.
     logits (B, T, V) of any float type; labels (B, T) int64, not shifted, IGNORE (-100) where a token is no target.
     """
     logits, labels = logits[:, :-1].float(), labels[:, 1:]  # the logits at a token predict the next one
@@ -81,14 +82,13 @@ def get_batch_metrics(model: nn.Module, batch: dict, mode: str, global_target_co
         loss/{mode}   NLL per target, in nats
         logps/{mode}  log-probability of all targets of an example together
     """
-    labels = batch["target_labels"]
-    logits = model(input_ids=batch["target_combined_input_ids"], attention_mask=batch["target_combined_attention_mask"],
-                   use_cache=False).logits
-    logps = get_batch_logps(logits, labels)
+    logps = model.target_logps(
+        batch["target_combined_input_ids"], batch["target_labels"], batch["target_positions"],
+        batch["target_combined_attention_mask"], batch["position_ids"], batch["document_ends"], batch["longest"])
     nll = -logps.sum()
-    targets = labels != IGNORE
-    metrics = {f"loss/{mode}": (nll, targets.sum()), f"logps/{mode}": (-nll, targets.any(-1).sum())}
-    metrics = {key: torch.stack([value.detach().double() for value in pair]) for key, pair in metrics.items()}
+    metrics = {f"loss/{mode}": (nll, len(logps)), f"logps/{mode}": (-nll, batch["n_documents"])}
+    metrics = {key: torch.stack([total.detach().double(), total.new_tensor(count, dtype=torch.float64)])
+               for key, (total, count) in metrics.items()}
     return nll / global_target_count, metrics
 
 
@@ -130,7 +130,7 @@ def main(config: Config) -> None:
     model = load_model(source, random_init, tokenizer, encoder.stop_id, config.cache_dir)
     if config.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard_model(model, device)
+    shard_model(model, device, "target_logps")
     torch.manual_seed(config.seed + rank)  # every rank drops out other activations
     optimizer = make_optimizer(model, config)
     counter = 0
@@ -138,7 +138,11 @@ def main(config: Config) -> None:
         load_optimizer(source, model, optimizer)
         counter = json.loads(Path(source, "metrics.json").read_text())["counter"]
 
-    deal = {"batch_size": config.model.batch_size, "pad_id": tokenizer.pad_token_id, "rank": rank, "world_size": world_size}
+    own_attention = model.config._attn_implementation
+    why_not = enable_packing(model, device) if config.model.packing else "model.packing=false"
+    deal = {"batch_size": config.model.batch_size, "pad_id": tokenizer.pad_token_id, "packing": not why_not,
+            "microbatch_tokens": max(config.model.microbatch_tokens, config.model.max_length), "rank": rank,
+            "world_size": world_size}
     n_examples = config.n_examples or config.n_epochs * len(train_ids)
     loader = SFTDataLoader(rows, train_ids, n_examples=n_examples, seed=config.seed, start=counter,
                            accumulation=config.model.gradient_accumulation_steps, **deal)
@@ -149,6 +153,7 @@ def main(config: Config) -> None:
         print(f"train: {describe(rows.counts)}; {n_examples} examples = {loader.n_steps} steps of {config.model.batch_size}")
         print(f"eval: {len(eval_ids)} of {n_held_out} held-out rows; model: {n_parameters / 1e6:.1f}M parameters on "
               f"{world_size} x {device.type}")
+        print("batches: " + (f"padded, since {why_not}" if why_not else "packed"))
     log = Log(config, run_dir, loader.n_steps, counter, rank, device)
     answers = {}  # "before" and "after" → graded answers to held-out prompts
 
@@ -156,7 +161,10 @@ def main(config: Config) -> None:
         if len(eval_ids):
             log.add({"step": step, "counter": counter, **eval_metrics(model, eval_loader, device)})
         if when and config.n_eval_answers:
+            packed_attention = model.config._attn_implementation
+            model.set_attn_implementation(own_attention)  # the packed one knows no cache
             answers[when] = answer_prompts(model, encoder, eval_rows, eval_ids[:config.n_eval_answers], device)
+            model.set_attn_implementation(packed_attention)
 
     def save(name: str) -> None:
         scheduler = {"step": step, "total_steps": loader.n_steps, "warmup": config.warmup, "lr": config.lr}

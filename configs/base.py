@@ -34,7 +34,9 @@ class ModelConfig:
     load_from: str = ""  # folder with weights to start from instead of name_or_path's
     from_checkpoint: str = ""  # folder written by this script to go on from: weights, optimizer, schedule, place in the data
     batch_size: int = 32  # examples per optimizer step, over all ranks and accumulation steps
-    gradient_accumulation_steps: int = 1  # microbatches per rank and optimizer step
+    gradient_accumulation_steps: int = 1  # microbatches per rank and optimizer step, at least; more where the next key asks
+    microbatch_tokens: int = 8192  # tokens a rank computes with at once, at most (or one row): less memory, more microbatches
+    packing: bool = True  # rows share a row of the batch, unseen by each other, instead of being padded
     max_length: int = 2048  # tokens per row; longer rows lose their oldest turns first, then the end of the last answer
     max_prompt_length: int = 1024  # tokens of prompt kept in a row that is still too long after that
     max_grad_norm: float = 1.0  # the gradient's global norm is clipped to this
@@ -97,7 +99,8 @@ def check(config: Config, world_size: int) -> list[str]:
     require(not model.random_init or model.name_or_path or model.tokenizer_name_or_path,
             "model.tokenizer_name_or_path is required where model.random_init describes the model")
     for key in ("lr", "n_epochs", "n_examples", "eval_every", "eps", "model.max_length", "model.max_prompt_length",
-                "model.max_grad_norm", "model.peft.lora_r", "model.batch_size", "model.gradient_accumulation_steps"):
+                "model.max_grad_norm", "model.peft.lora_r", "model.batch_size", "model.microbatch_tokens",
+                "model.gradient_accumulation_steps"):
         value = get_key(config, key)
         require(value is None or value > 0, f"{key}={value} must be above 0")
     for key in ("weight_decay", "n_eval_examples", "n_eval_answers"):
