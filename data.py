@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -47,7 +48,7 @@ def list_files(paths: list[str]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".jsonl"))
+            found = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".jsonl") and not file.is_dir())
             if not found:
                 raise DataError(f"{path}: no .json or .jsonl file in this folder")
             files += found
@@ -69,17 +70,14 @@ def read_rows(file: Path) -> Iterator[tuple[int, object]]:
             return
         with open(file, "rb") as lines:
             for line, raw in enumerate(lines, 1):  # noqa: B007 (the except clauses name it)
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if text.strip():
-                    yield line, json.loads(text)
+                if text := raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip():
+                    yield line, parse(json.loads, text)
     except UnicodeDecodeError as error:
         line += error.object.count(b"\n", 0, error.start) if file.suffix == ".json" else 0
         raise DataError(f"{file}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         line = error.lineno if file.suffix == ".json" else line
         raise DataError(f"{file}:{line}: not valid JSON at column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise DataError(f"{file}:{line}: not a row: nested too deeply") from error
     except OSError as error:
         raise DataError(f"{file}: can't be read: {error.strerror}") from error
 
@@ -94,7 +92,7 @@ def read_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
     line, counted = 1, 0
     while text[position:position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
-        row, position = decode(text, position)
+        row, position = parse(decode, text, position)
         yield line, row
         position = space.match(text, position).end()
         if text[position:position + 1] == ",":
@@ -103,6 +101,16 @@ def read_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
             raise json.JSONDecodeError("expected ',' or ']' after a row", text, position)
     if text[position + 1:].strip():
         raise json.JSONDecodeError("text after the list of rows", text, position + 1)
+
+
+def parse(decode, text: str, *position: int):
+    """Returns decode(text, *position); whatever else stops the decoder is raised as a JSONDecodeError too."""
+    try:
+        return decode(text, *position)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise json.JSONDecodeError(str(error), text, *(position or [0])) from error
 
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -126,7 +134,7 @@ def to_messages(row: object) -> list[dict]:
             messages = [{**message, "train": False} for message in prompt] + completion
         case ("instruction", "output"):
             question = check_text(row["instruction"], "instruction")
-            if row.get("input"):
+            if row.get("input") not in (None, ""):
                 question += "\n\n" + check_text(row["input"], "input")
             messages = [as_message("user", question, "instruction"), as_message("assistant", row["output"], "output")]
         case ("conversations",):
@@ -191,9 +199,16 @@ class ChatEncoder:
         self.tokenizer, self.max_length, self.max_prompt_length = tokenizer, max_length, max_prompt_length
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special = re.compile("|".join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens)))) or "(?!)")
-        # what the template writes after an answer, without the white space that leads over to the next turn
-        probe = self.render([{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}])
-        self.template_terminator = probe.rpartition("ANSWER")[2].rstrip()
+        question, answer = {"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}
+        try:
+            prompt = self.render([question], for_answer=True)
+            before, written, after = self.render([question, answer]).rpartition("ANSWER")
+        except ValueError as error:
+            raise DataError(f"{tokenizer.name_or_path}: {error}") from error
+        if not written:
+            raise DataError(f"{tokenizer.name_or_path}: the chat template does not write the answer")
+        self.lead = before.removeprefix(prompt)  # what it writes in front of the last answer, such as an empty thought
+        self.template_terminator = after.rstrip()  # without the white space that leads over to the next turn
         self.terminator = self.template_terminator or tokenizer.eos_token
         if not self.terminator:
             raise DataError(f"{tokenizer.name_or_path}: neither the chat template nor an eos_token ends an answer")
@@ -214,14 +229,14 @@ class ChatEncoder:
         try:
             return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=for_answer)
         except Exception as error:  # a template is a program: it can raise anything
-            raise ValueError(f"the chat template raises {type(error).__name__}: {error}") from error
+            raise ValueError(f"the chat template raises {type(error).__name__}: {' '.join(str(error).split())}") from error
 
     def fold_system(self, messages: list[dict]) -> list[dict]:
         """Puts a system message in front of the first question where the template would lose or refuse it."""
-        if self.renders_system or messages[0]["role"] != "system" or len(messages) == 1:
+        if self.renders_system or messages[0]["role"] != "system":
             return messages
-        system, first, *rest = messages
-        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        texts = [message["content"] for message in messages[:2]]
+        return [{"role": "user", "content": "\n\n".join(texts), "train": False}, *messages[2:]]
 
     def __call__(self, messages: list[dict]) -> tuple[list[int], list[bool], int]:
         """[{"role", "content", "train"}] → (ids, trained, tokens before truncation); at most max_length ids.
@@ -230,7 +245,6 @@ class ChatEncoder:
         max_prompt_length tokens of prompt), then the end of its answer. Raises ValueError where the template and the
         tokenizer leave no clean border between a prompt and its answer.
         """
-        messages = self.fold_system(messages)
         ids, spans = self.encode(messages)
         n_tokens = len(ids)
         if n_tokens > self.max_length and spans:
@@ -253,6 +267,7 @@ class ChatEncoder:
 
     def encode(self, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
         """Messages → (ids, [(start, stop)] of the targets), untruncated."""
+        messages = self.fold_system(messages)
         text, borders = self.render(messages), []
         for i, message in enumerate(messages):
             if not is_target(message):
@@ -260,14 +275,13 @@ class ChatEncoder:
             prompt = self.render(messages[:i], for_answer=True)
             if not text.startswith(prompt):
                 raise ValueError(f"the chat template writes the prompt of turn {i + 1} otherwise once its answer follows")
-            # a template may strip the answer, and may put more in front of it, such as an empty thought
-            for content in (message["content"], message["content"].strip()):
-                start = text.find(content + self.template_terminator, len(prompt))
-                if start >= 0:
+            content = message["content"]
+            for answer in (self.lead + content, self.lead + content.strip(), content, content.strip()):  # templates may strip
+                if text.startswith(answer + self.template_terminator, len(prompt)):
                     break
             else:
                 raise ValueError(f"the chat template does not write the answer of turn {i + 1} as it is")
-            stop = start + len(content + self.template_terminator)
+            stop = len(prompt + answer + self.template_terminator)
             if not self.template_terminator and i == len(messages) - 1:
                 text = text[:stop] + self.terminator
                 stop = len(text)
@@ -289,7 +303,7 @@ class ChatEncoder:
         fits, too_long = 0, min(len(text), self.max_prompt_length * longest) + 1
         while too_long - fits > 1:  # bisect the number of characters kept
             kept = (fits + too_long) // 2
-            prompt = self.render([*head, {**question, "content": text[len(text) - kept:]}], for_answer=True)
+            prompt = self.render(self.fold_system([*head, {**question, "content": text[len(text) - kept:]}]), for_answer=True)
             fits, too_long = (kept, too_long) if len(self.ids(prompt)) <= self.max_prompt_length else (fits, kept)
         return {**question, "content": text[len(text) - fits:]}
 
@@ -305,11 +319,14 @@ def encode_rows(encoder: ChatEncoder, file_index: int, file: Path, rows: list[tu
         try:
             messages = to_messages(row)
             special = any(encoder.special.search(message["content"]) for message in messages)
-            ids, trained, n_tokens = encoder(messages)
-        except ValueError as error:
+            if special:  # a text that spells a control token would become one
+                ids, trained, n_tokens = [], [], len(encoder.ids(encoder.render(encoder.fold_system(messages))))
+            else:
+                ids, trained, n_tokens = encoder(messages)
+        except (ValueError, RecursionError) as error:  # the latter on showing a value that is nested deeply
             raise DataError(f"{file}:{line}: {error}") from error
         counts.update({"rows": 1, "tokens": n_tokens})
-        if special:  # a text that spells a control token would become one
+        if special:
             counts.update({"rows with a control token in a text, dropped": 1, "tokens dropped": n_tokens})
         elif not any(trained):
             counts.update({"rows without a target, dropped": 1, "tokens dropped": n_tokens})
@@ -372,11 +389,14 @@ def tokenise(paths: list[str], encoder: ChatEncoder, cache_dir: str) -> Tokenise
     if tokenizer.is_fast:
         identity.update(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).digest())
     for file in files:
-        content = hashlib.sha256()
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                content.update(block)
-                n_lines += block.count(b"\n")
+        content = hashlib.sha256(file.suffix.encode())
+        try:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    content.update(block)
+                    n_lines += block.count(b"\n")
+        except OSError as error:
+            raise DataError(f"{file}: can't be read: {error.strerror}") from error
         identity.update(content.digest())
     folder = Path(cache_dir) / "tokens" / identity.hexdigest()[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -449,6 +469,13 @@ def receive_encoder(encoder: ChatEncoder) -> None:
     global worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     worker_encoder = encoder
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends this worker when its parent is gone, which can't end it where it is killed itself, as by torchrun."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def encode_in_worker(*chunk) -> tuple[dict, Counter]:

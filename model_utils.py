@@ -208,7 +208,7 @@ def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tenso
 class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, softcap, uniform):
-        ctx.head, ctx.uniform = (scale, softcap), uniform
+        ctx.head, ctx.uniform, ctx.spent = (scale, softcap), uniform, False
         wanted = ctx.needs_input_grad[:3]
         ctx.made = any(wanted) and (uniform or not any(wanted[1:]))
         logps, *grads = sweep(hidden, weight, bias, labels, scale, softcap, None, wanted if ctx.made else (False,) * 3)
@@ -222,6 +222,9 @@ class LinearLogps(torch.autograd.Function):
         elif ctx.uniform:
             if grad_logps.numel() > 1 and grad_logps.stride(0) != 0:  # what sum() hands back is one number, expanded
                 raise RuntimeError("linear_logps(uniform=True) is for a loss of c * logps.sum(); this one weighs tokens apart")
+            if ctx.spent:
+                raise RuntimeError("linear_logps(uniform=True) keeps its gradients for one backward, which scales them in place")
+            ctx.spent = True
             c = grad_logps[:1].sum()  # 0 where there are no rows
             grads = [None if grad is None else grad.mul_(c) for grad in ctx.saved_tensors]
         else:

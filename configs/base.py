@@ -2,9 +2,11 @@
 
 A config file is Python that ends in `config = Config(...)`: it is executed, so run only files you trust. The command
 line overrides it by dotted keys, `model.max_length=1024 datasets=[a.jsonl,b.jsonl]`; a leading `++` or `--` is accepted.
-This file imports nothing heavy, so that --help and a misspelt key answer at once.
+This file imports nothing heavy, so that --help and a misspelt key answer at once. The slots make a misspelt key fail
+in a config file too, where it is assigned to.
 """
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -18,7 +20,7 @@ import typing
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(slots=True)
 class PeftConfig:
     lora_r: int = 64  # rank of the low-rank update
     lora_alpha: float = 256  # the update is scaled by lora_alpha / lora_r
@@ -26,7 +28,7 @@ class PeftConfig:
     target_modules: str | list[str] = "all-linear"  # names of linears, [q_proj,v_proj], or all-linear: all but the head
 
 
-@dataclass
+@dataclass(slots=True)
 class ModelConfig:
     name_or_path: str = ""  # required: a Hugging Face model, by hub name or folder (or describe one by random_init)
     tokenizer_name_or_path: str = ""  # where the tokenizer is, if not with the model
@@ -46,13 +48,13 @@ class ModelConfig:
     peft: PeftConfig = field(default_factory=PeftConfig)
 
 
-@dataclass
+@dataclass(slots=True)
 class WandbConfig:
     enabled: bool = False  # also log to Weights & Biases; metrics.jsonl is written in any case
     project: str = "sft"  # W&B project
 
 
-@dataclass
+@dataclass(slots=True)
 class Config:
     exp_name: str = ""  # required: the run's name; it writes to {cache_dir}/{exp_name}
     datasets: list[str] = field(default_factory=list)  # required: .json or .jsonl files, or folders of them, to train on
@@ -138,25 +140,27 @@ def load_config(argv: list[str], world_size: int) -> Config:
     try:
         config = runpy.run_path(path).get("config")
     except Exception as error:  # whatever the file does wrong, the user is told which file
-        raise ConfigError("\n".join([f"--config {path}: {type(error).__name__}: {error}", *errors])) from error
+        text = str(error).partition("\n")[0]
+        raise ConfigError("\n".join([f"--config {path}: {type(error).__name__}: {text}", *errors])) from error
     if not isinstance(config, Config):
         raise ConfigError("\n".join([f"--config {path}: the file must set `config = Config(...)`", *errors]))
 
-    known = dict(keys(Config))
-    for key, (hint, _, _) in known.items():
-        value = get_key(config, key)
-        if not fits(value, hint):
-            errors.append(f"{path}: {key}={value!r} must be {type_name(hint)}")
+    config = copy.deepcopy(config)  # a file may take over another one's, which Python keeps for the next load
+    known, wrong_types = dict(keys(Config)), list(misfits(config))
+    errors += [f"{path}: {line}" for line in wrong_types]
     for key, text in overrides.items():
         if key not in known:
             errors.append(f"unknown key {key!r}{nearest(key, known)}")
             continue
         try:
-            set_key(config, key, parse(text, known[key][0]))
+            value = parse(text, known[key][0])
         except ValueError:
             errors.append(f"{key}={text!r} must be {type_name(known[key][0])}")
-    if not errors:  # the checks of the values take the right types for granted
-        errors = check(config, world_size)
+            continue
+        if not wrong_types:
+            set_key(config, key, value)
+    if not wrong_types:  # the checks of the values take the right types for granted
+        errors += check(config, world_size)
     if errors:
         raise ConfigError("\n".join(errors))
     return config
@@ -207,7 +211,7 @@ def parse(text: str, hint):
         options = typing.get_args(hint)
         if text in ("null", "None") and type(None) in options:
             return None
-        return parse(text, options[1] if text.startswith("[") else options[0])
+        return parse(text, list[str] if text.startswith("[") and list[str] in options else options[0])
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
@@ -226,14 +230,24 @@ def parse(text: str, hint):
     return value
 
 
+def misfits(config, prefix: str = "") -> typing.Iterator[str]:
+    """Yields a line for each value that is not of its key's type."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, hint):
+            yield from misfits(value, f"{prefix}{name}.")
+        elif not fits(value, hint):
+            yield f"{prefix}{name}={value!r} must be {type_name(hint)}"
+
+
 def fits(value, hint) -> bool:
-    """Whether the value is of the type; an int serves as a float, a bool does not serve as an int."""
+    """Whether the value is of the type; an int serves as a float, a bool does not serve as an int, nor infinity as either."""
     if isinstance(hint, types.UnionType):
         return any(fits(value, option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint)
 
 
@@ -242,4 +256,6 @@ def type_name(hint) -> str:
         return " or ".join("null" if option is type(None) else type_name(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return "a list, [a,b]"
+    if dataclasses.is_dataclass(hint):
+        return f"a {hint.__name__}(...)"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a text", dict: "a JSON object"}[hint]

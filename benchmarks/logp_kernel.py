@@ -1,0 +1,76 @@
+"""Time and memory of the log-prob kernel, forward and backward, against the three matmuls that nothing can do without.
+
+    python benchmarks/logp_kernel.py                                             # CPU, fp32
+    python benchmarks/logp_kernel.py --device cuda --dtype bfloat16 --shapes 8192,2048,128256
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from common import describe_machine, peak_extra_memory, print_table, time_interleaved
+
+from model_utils import linear_logps
+
+
+def candidates(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> dict:
+    n, v = len(hidden), len(weight)
+    logits, grad_hidden, grad_weight = hidden.new_empty(n, v), torch.empty_like(hidden), torch.empty_like(weight)
+
+    def three_matmuls():
+        with torch.no_grad():
+            torch.mm(hidden, weight.T, out=logits)
+            torch.mm(logits, weight, out=grad_hidden)
+            torch.mm(logits.T, hidden, out=grad_weight)
+
+    def differentiated(loss):
+        def run():
+            hidden.grad = weight.grad = None
+            loss().backward()
+        return run
+
+    def naive():
+        return -(hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None]).sum()
+
+    runs = {"three matmuls (the limit)": three_matmuls,
+            "linear_logps, uniform": differentiated(lambda: -linear_logps(hidden, weight, labels, uniform=True).sum()),
+            "linear_logps, any weights": differentiated(lambda: -linear_logps(hidden, weight, labels).sum()),
+            "naive log_softmax + gather": differentiated(naive),
+            "F.cross_entropy": differentiated(lambda: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum"))}
+    if hasattr(F, "linear_cross_entropy"):
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        runs["F.linear_cross_entropy, chunked"] = differentiated(
+            lambda: F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=chunked))
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--shapes", nargs="+", default=["2048,576,49152", "1000,576,49152", "1024,1024,128256"], help="N,H,V")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    print(describe_machine(args.device, dtype))
+    for shape in args.shapes:
+        n, h, v = map(int, shape.split(","))
+        hidden = torch.randn(n, h, device=args.device, dtype=dtype, requires_grad=True)
+        weight = (0.02 * torch.randn(v, h, device=args.device)).to(dtype).requires_grad_()
+        labels = torch.randint(v, (n,), device=args.device)
+        runs = candidates(hidden, weight, labels)
+        gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
+        extra = {}
+        for name, run in runs.items():
+            hidden.grad = weight.grad = None
+            extra[name] = peak_extra_memory(run, args.device) - (0 if "limit" in name else gradients)
+        seconds = time_interleaved(runs, args.repeats, args.device)
+        limit = seconds["three matmuls (the limit)"]
+        print(f"\nN {n}, H {h}, V {v}: the limit is {limit * 1e3:.0f} ms = {6 * n * h * v / limit / 1e9:.0f} GFLOP/s")
+        print_table(["forward + backward", "time / limit", "extra memory, MB", "of naive's"],
+                    [[name, f"{seconds[name] / limit:.2f}", f"{extra[name] / 1e6:.0f}",
+                      f"{extra[name] / extra['naive log_softmax + gather']:.2f}"] for name in runs if "limit" not in name])
+
+
+if __name__ == "__main__":
+    main()

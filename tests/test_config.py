@@ -1,0 +1,247 @@
+"""The configuration: what a config file and the command line make of it, and what is said where they are wrong."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.base import Config, ConfigError, get_key, keys, load_config, usage
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.name != "base.py")
+TINY = str(ROOT / "configs/tiny.py")
+
+
+def load(*overrides: str, world_size: int = 1) -> Config:
+    return load_config(["--config", TINY, *overrides], world_size)
+
+
+def errors_of(*argv: str, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        load_config(list(argv), world_size)
+    return str(raised.value).splitlines()
+
+
+def errors(*overrides: str, world_size: int = 1) -> list[str]:
+    return errors_of("--config", TINY, *overrides, world_size=world_size)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text("from configs.base import Config, ModelConfig\n" + text)
+        return str(path)
+    return write
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_every_config_file_loads_and_names_its_own_command(file, world_size):
+    config = load_config(["--config", str(file), "datasets=[x.jsonl]"], world_size)
+    assert config.datasets == ["x.jsonl"] and config.exp_name
+    assert f"--config configs/{file.name}" in file.read_text()
+
+
+def test_the_contract_names_these_defaults():
+    config = Config()
+    expected = {
+        "lr": 5e-6, "n_epochs": 1, "n_examples": None, "model.batch_size": 32, "model.gradient_accumulation_steps": 1,
+        "model.max_grad_norm": 1.0, "model.use_peft": False, "model.peft.lora_r": 64, "model.peft.lora_alpha": 256,
+        "model.peft.lora_dropout": 0.05, "model.peft.target_modules": "all-linear", "model.load_from": "",
+        "model.from_checkpoint": "", "model.load_lora_from": "", "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999,
+        "eps": 1e-5, "warmup": 0.10, "seed": 1, "n_eval_examples": 256, "do_first_eval": True, "wandb.enabled": False,
+        "intermediate_checkpoints": False, "cache_dir": ".cache"}
+    assert {key: get_key(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("prefix", ["", "++", "--", "+"])
+@pytest.mark.parametrize("override, expected", [
+    ("seed=7", 7), ("seed=-7", -7), ("n_examples=100", 100), ("n_examples=null", None),
+    ("lr=1e-5", 1e-5), ("lr=2", 2.0), ("model.peft.lora_alpha=16", 16.0),
+    ("do_first_eval=false", False), ("model.packing=False", False), ("wandb.enabled=true", True),
+    ("exp_name=a=b c", "a=b c"), ("exp_name=ünï", "ünï"),
+    ("datasets=[a.jsonl]", ["a.jsonl"]), ("datasets=[a.jsonl, 'b c.json']", ["a.jsonl", "b c.json"]),
+    ("datasets=a.jsonl", ["a.jsonl"]), ("eval_datasets=[]", []),
+    ("model.peft.target_modules=all-linear", "all-linear"), ("model.peft.target_modules=[q_proj,v_proj]", ["q_proj", "v_proj"]),
+    ('model.random_init={"model_type": "llama", "rope": {"theta": 1e4}}', {"model_type": "llama", "rope": {"theta": 1e4}}),
+])
+def test_an_override_is_read_as_the_type_of_its_key(prefix, override, expected):
+    value = get_key(load(prefix + override), override.partition("=")[0])
+    assert value == expected and type(value) is type(expected)
+
+
+def test_null_takes_a_value_away():
+    assert load("model.random_init=null", "model.name_or_path=gpt2").model.random_init is None
+
+
+def test_the_config_file_can_be_given_in_every_way_and_the_last_override_wins():
+    argvs = [["--config", TINY], [f"--config={TINY}"], [f"config={TINY}"], ["seed=3", "--config", TINY]]
+    assert [load_config([*argv, "lr=1", "lr=0.5"], 1).lr for argv in argvs] == [0.5] * 4
+    assert load_config(argvs[-1], 1).seed == 3
+
+
+def test_nothing_is_shared_between_two_configs(config_file):
+    one, two = Config(), Config()
+    one.datasets.append("a.jsonl")
+    one.model.peft.lora_r = 1
+    assert two == Config() and two.datasets == [] and two.model.peft.lora_r == 64
+
+    before = load()
+    changed = load("lr=1", "model.max_length=4096", "datasets=[z.jsonl]", "model.peft.lora_r=2")
+    changed.model.random_init["model_type"] = "gpt2"
+    assert load() == before != changed
+
+    # a file that takes over another one's config, which Python has cached
+    path = config_file("from configs.llama import config\nconfig.seed = 5\n")
+    first = load_config(["--config", path, "datasets=[a.jsonl]", "model.batch_size=64"], 1)
+    assert (first.seed, first.model.batch_size) == (5, 64)
+    assert load_config(["--config", path, "datasets=[a.jsonl]"], 1).model.batch_size == 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong: each error is one line, that names the key
+
+
+@pytest.mark.parametrize("key, meant", [
+    ("sed", "seed"), ("model.batchsize", "model.batch_size"), ("batch_size", "model.batch_size"),
+    ("lora_r", "model.peft.lora_r"), ("max_lenght", "model.max_length"), ("dataset", "datasets"),
+    ("wandb.enable", "wandb.enabled"), ("modle.name_or_path", "model.name_or_path"),
+])
+def test_a_misspelt_key_is_answered_with_the_nearest(key, meant):
+    assert errors(f"++{key}=1") == [f"unknown key {key!r}, did you mean {meant!r}?"]
+
+
+@pytest.mark.parametrize("key", ["zzz", "", "model", "model.zzz.zzz"])
+def test_a_key_like_no_other_is_answered_with_where_they_are_listed(key):
+    (error,) = errors(f"{key}=1")
+    assert error.startswith(f"unknown key {key!r}")
+    assert key or "--help" in error
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("seed=1.5", "an integer"), ("seed=", "an integer"), ("seed=null", "an integer"), ("n_examples=ten", "an integer or null"),
+    ("lr=fast", "a number"), ("lr=nan", "a number"), ("lr=inf", "a number"), ("lr=true", "a number"),
+    ("do_first_eval=1", "true or false"), ("do_first_eval=yes", "true or false"),
+    ("model.random_init={broken", "a JSON object or null"), ("model.random_init=[1]", "a JSON object or null"),
+])
+def test_a_value_of_the_wrong_type(override, expected):
+    key, _, text = override.partition("=")
+    assert errors(override) == [f"{key}={text!r} must be {expected}"]
+
+
+@pytest.mark.parametrize("overrides, expected", [
+    (["exp_name="], "exp_name is required"),
+    (["exp_name=a/b"], "exp_name='a/b' must be a plain name"),
+    (["exp_name=.."], "exp_name='..' must be a plain name"),
+    (["datasets=[]"], "datasets is required"),
+    (["model.random_init=null"], "model.name_or_path is required"),
+    (['model.random_init={"hidden_size": 8}'], 'model.random_init needs a "model_type"'),
+    (["model.tokenizer_name_or_path="], "model.tokenizer_name_or_path is required"),
+    (["lr=0"], "lr=0.0 must be above 0"), (["lr=-1"], "lr=-1.0 must be above 0"),
+    (["n_epochs=0"], "n_epochs=0 must be above 0"), (["n_examples=0"], "n_examples=0 must be above 0"),
+    (["model.batch_size=0"], "model.batch_size=0 must be above 0"),
+    (["model.max_grad_norm=0"], "model.max_grad_norm=0.0 must be above 0"),
+    (["model.gradient_accumulation_steps=0"], "model.gradient_accumulation_steps=0 must be above 0"),
+    (["weight_decay=-0.1"], "weight_decay=-0.1 must not be negative"),
+    (["warmup=1"], "warmup=1.0 must be at least 0 and below 1"), (["beta2=-1"], "beta2=-1.0 must be at least 0 and below 1"),
+    (["model.max_prompt_length=64"], "model.max_prompt_length=64 must be below model.max_length=64"),
+    (["eval_fraction=0.1"], "eval_datasets and eval_fraction exclude each other"),
+])
+def test_a_value_out_of_range(overrides, expected):
+    (error,) = errors(*overrides)
+    assert error.startswith(expected)
+
+
+@pytest.mark.parametrize("batch_size, accumulation, world_size, divides", [
+    (8, 1, 4, True), (8, 2, 4, True), (8, 4, 4, False), (6, 1, 4, False), (9, 2, 1, False), (9, 3, 3, True)])
+def test_the_batch_must_be_divisible_by_ranks_and_accumulation(batch_size, accumulation, world_size, divides):
+    overrides = [f"model.batch_size={batch_size}", f"model.gradient_accumulation_steps={accumulation}"]
+    if divides:
+        assert load(*overrides, world_size=world_size).model.batch_size == batch_size
+    else:
+        assert errors(*overrides, world_size=world_size) == [
+            f"model.batch_size={batch_size} must be divisible by {world_size} ranks x {accumulation} accumulation steps = "
+            f"{world_size * accumulation}"]
+
+
+def test_everything_wrong_is_said_at_once(config_file):
+    found = errors("sed=1", "lr=fast", "nonsense", "warmup=2", "model.batch_size=7", "exp_name=a/b", world_size=2)
+    expected = ["'nonsense'", "unknown key 'sed'", "lr='fast'", "exp_name='a/b'", "warmup=2.0", "model.batch_size=7"]
+    assert len(found) == len(expected) and all(any(text in line for line in found) for text in expected)
+    assert len(errors_of("nonsense", "--config")) == 2
+    assert len(errors_of("nonsense", "--config", "missing.py")) == 2
+    path = config_file("config = Config(lr='fast', seed=1.5, n_examples=True, datasets='a.jsonl')")
+    wrong = [line.removeprefix(f"{path}: ").partition("=")[0] for line in errors_of("--config", path, "sed=1", "seed=2")]
+    assert wrong == ["datasets", "seed", "n_examples", "lr", "unknown key 'sed', did you mean 'seed'?"]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("x = Config()", "the file must set `config = Config"),
+    ("config = {'lr': 1}", "the file must set `config = Config"),
+    ("config = Config(", "SyntaxError"),
+    ("config = Config(lrr=1)", "TypeError: .*'lrr'"),
+    ("config = Config()\nconfig.lrr = 1", "AttributeError: .*'lrr'"),
+    ("config = Config()\nconfig.model.max_lenght = 1", "AttributeError: .*'max_lenght'"),
+    ("raise RuntimeError('first line\\nsecond line')", "RuntimeError: first line"),
+    ("import nothing_of_this_name", "ModuleNotFoundError: .*nothing_of_this_name"),
+    ("config = Config(model={'max_length': 8})", "model={.*} must be a ModelConfig"),
+    ("config = Config(model=ModelConfig(peft=None))", "model.peft=None must be a PeftConfig"),
+    ("config = Config(model=ModelConfig(batch_size='32'))", "model.batch_size='32' must be an integer"),
+    ("config = Config(lr=float('inf'))", "lr=inf must be a number"),
+    ("config = Config(datasets=[1])", "datasets=.1. must be a list"),
+])
+def test_a_config_file_that_is_wrong_is_named(config_file, text, expected):
+    path = config_file(text)
+    (error,) = errors_of("--config", path)
+    assert path in error and re.search(expected, error)
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ([], "--config is required"), (["--config"], "--config is required"), (["lr=1"], "--config is required"),
+    (["--config", "missing.py"], "--config missing.py: no such file"), (["--config", str(ROOT)], "no such file"),
+    (["--config", TINY, "--lr", "1e-5"], "'--lr' is not of the form key=value"),
+])
+def test_a_command_line_without_a_config_file_or_a_value(argv, expected):
+    assert expected in errors_of(*argv)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script's own answers, which must not wait for torch to be imported
+
+
+def script(*argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Runs sft.py; returns what came of it and the names of the modules it imported."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "sft.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    done.stderr = "".join(line for line in done.stderr.splitlines(True) if not line.startswith("import time:"))
+    return done, imported
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_every_key_with_default_type_and_comment(flag):
+    done, imported = script(flag)
+    assert done.returncode == 0 and not done.stderr
+    assert "configs.base" in imported and not imported & {"torch", "transformers", "numpy"}
+    shown = dict(re.findall(r"^  ([\w.]+) = (.*)\n      (?=\S)", done.stdout, re.MULTILINE))
+    assert list(shown) == [key for key, _ in keys(Config)] and done.stdout.strip() == usage()
+    assert shown["model.max_length"] == "2048  (an integer)" and shown["n_examples"] == "null  (an integer or null)"
+    assert shown["exp_name"] == "required  (a text)" and shown["do_first_eval"] == "true  (true or false)"
+    for name in ("Config", "ModelConfig", "PeftConfig", "WandbConfig"):  # every field's line in the source ends in its comment
+        body = (ROOT / "configs/base.py").read_text().partition(f"class {name}:\n")[2].partition("\n\n")[0].splitlines()
+        for line in body:
+            comment = line.partition("  # ")[2]
+            assert "field(default_factory=" in line or (comment and comment.removeprefix("required: ") in done.stdout), line
+
+
+def test_errors_are_told_without_a_traceback():
+    done, imported = script("--config", "configs/tiny.py", "sed=1", "lr=fast")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "sft.py: unknown key 'sed', did you mean 'seed'?\nlr='fast' must be a number\n"
+    assert "torch" not in imported
