@@ -546,6 +546,7 @@ class SFTDataLoader:
         n_documents                      rows in this microbatch
         global_target_count              targets in the whole step, over all ranks and microbatches
         global_token_count               tokens in the whole step
+        global_squared_lengths           sum of the rows' squared lengths in the whole step: what attention costs
         n_examples                       rows in the whole step
         ends_step                        whether this is the rank's last microbatch of the step
     Packed, B is 1 and the rows stand one after the other; otherwise they are padded on the right to the longest.
@@ -568,7 +569,8 @@ class SFTDataLoader:
             step_rows = self.rows_at(first, min(first + self.batch_size, self.n_examples))
             lengths = self.rows.lengths[step_rows]
             counts = {"global_target_count": int(self.rows.targets[step_rows].sum()),
-                      "global_token_count": int(lengths.sum()), "n_examples": len(step_rows)}
+                      "global_token_count": int(lengths.sum()), "n_examples": len(step_rows),
+                      "global_squared_lengths": int(np.square(lengths, dtype=np.int64).sum())}
             deal, collate = (pack, collate_packed) if self.packing else (batch_by_length, collate_padded)
             groups = deal(lengths, self.microbatch_tokens, self.world_size * self.accumulation)
             mine = groups[self.rank::self.world_size]

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -44,10 +44,11 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(outermost, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
-def shard_model(model: nn.Module, device: torch.device, *methods: str) -> None:
+def shard_model(model: nn.Module, device: torch.device, *methods: str, compile: bool = False) -> None:
     """Shards each block and then the rest, in place: FSDP2 gathers one block at a time, computes, and frees it.
 
-    `methods` are the names of those that compute with the weights, as forward does.
+    `methods` are the names of those that compute with the weights, as forward does. `compile` compiles each block by
+    itself: the blocks are alike, so that it takes no longer than compiling one.
 
     Weights, their gradients' reduction and so the optimizer stay fp32; on a GPU that has bf16 the compute is bf16.
     Gradients are summed over the ranks, not averaged: the loss is divided by the global target count already.
@@ -58,6 +59,8 @@ def shard_model(model: nn.Module, device: torch.device, *methods: str) -> None:
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = find_blocks(model)
     for block in blocks:
+        if compile:
+            block.forward = torch.compile(block.forward)  # not the block: the hooks of sharding and checkpointing stay outside
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in (model, *blocks):
@@ -85,24 +88,21 @@ def all_reduce_sums(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # Checkpoints: whole, gathered in rank 0's memory, so that any number of processes can go on from them
 
 
-def save_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer, texts: dict[str, str]) -> None:
-    """Writes a Hugging Face folder with the optimizer's state and `texts` (file name → content) beside it.
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, write: Callable, frozen: bool) -> None:
+    """Makes a folder of the optimizer's state and of what write(folder, weights) puts there, given the state dict on rank 0.
 
     All ranks must call it. It is written under another name and renamed when whole; a folder of that name is replaced.
+    `frozen`: whether the weights that are not trained are gathered too.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen)
     weights = get_model_state_dict(model, options=options)
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
     if dist.get_rank() == 0:
-        for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
-            weights[tied] = weights[source]  # one tensor again, so that it is written once
-        partial = f"{folder}.partial"
+        partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        torch.save(optimizer_state, f"{partial}/optimizer.pt")
-        for name, text in texts.items():
-            Path(partial, name).write_text(text)
+        partial.mkdir(parents=True)
+        write(partial, weights)
+        torch.save(optimizer_state, partial / "optimizer.pt")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     dist.barrier()

@@ -43,7 +43,18 @@ from fsdp_utils import (
     save_checkpoint,
     shard_model,
 )
-from model_utils import ModelError, enable_packing, load_model, load_tokenizer
+from model_utils import (
+    ModelError,
+    add_lora,
+    count_flops,
+    enable_packing,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    merge_lora,
+    save_adapter,
+    save_model,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm: what a fork changes
@@ -108,7 +119,6 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
 def main(config: Config) -> None:
     run_dir = Path(config.cache_dir, config.exp_name)
     run_dir.mkdir(parents=True, exist_ok=True)
-    source = config.model.from_checkpoint or config.model.load_from or config.model.name_or_path
     tokenizer = load_tokenizer(config.model.from_checkpoint or config.model.tokenizer_name_or_path or config.model.name_or_path,
                                config.cache_dir)
     encoder = ChatEncoder(tokenizer, config.model.max_length, config.model.max_prompt_length)
@@ -126,17 +136,14 @@ def main(config: Config) -> None:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(config.seed)
-    random_init = None if config.model.from_checkpoint or config.model.load_from else config.model.random_init
-    model = load_model(source, random_init, tokenizer, encoder.stop_id, config.cache_dir)
-    if config.model.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard_model(model, device, "target_logps")
+    model = make_model(config, tokenizer, encoder.stop_id, device)
+    shard_model(model, device, "target_logps", compile=config.model.compile)
     torch.manual_seed(config.seed + rank)  # every rank drops out other activations
     optimizer = make_optimizer(model, config)
     counter = 0
     if config.model.from_checkpoint:
-        load_optimizer(source, model, optimizer)
-        counter = json.loads(Path(source, "metrics.json").read_text())["counter"]
+        load_optimizer(config.model.from_checkpoint, model, optimizer)
+        counter = json.loads(Path(config.model.from_checkpoint, "metrics.json").read_text())["counter"]
 
     own_attention = model.config._attn_implementation
     why_not = enable_packing(model, device) if config.model.packing else "model.packing=false"
@@ -149,12 +156,13 @@ def main(config: Config) -> None:
     eval_loader = SFTDataLoader(eval_rows, eval_ids, n_examples=len(eval_ids), seed=None, **deal)
     if rank == 0:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         print(show_example(tokenizer, *rows[train_ids[0]]))
         print(f"train: {describe(rows.counts)}; {n_examples} examples = {loader.n_steps} steps of {config.model.batch_size}")
-        print(f"eval: {len(eval_ids)} of {n_held_out} held-out rows; model: {n_parameters / 1e6:.1f}M parameters on "
-              f"{world_size} x {device.type}")
+        print(f"eval: {len(eval_ids)} of {n_held_out} held-out rows; model: {n_parameters / 1e6:.1f}M parameters, "
+              f"{n_trained / 1e6:.1f}M trained, on {world_size} x {device.type}")
         print("batches: " + (f"padded, since {why_not}" if why_not else "packed"))
-    log = Log(config, run_dir, loader.n_steps, counter, rank, device)
+    log = Log(config, run_dir, loader.n_steps, counter, rank, device, count_flops(model))
     answers = {}  # "before" and "after" → graded answers to held-out prompts
 
     def evaluate(when: str | None = None) -> None:
@@ -166,11 +174,21 @@ def main(config: Config) -> None:
             answers[when] = answer_prompts(model, encoder, eval_rows, eval_ids[:config.n_eval_answers], device)
             model.set_attn_implementation(packed_attention)
 
-    def save(name: str) -> None:
-        scheduler = {"step": step, "total_steps": loader.n_steps, "warmup": config.warmup, "lr": config.lr}
-        texts = {"metrics.json": log.last, "scheduler.json": scheduler, "sft_config.json": dataclasses.asdict(config)}
-        save_checkpoint(str(run_dir / name), model, optimizer, tokenizer,
-                        {file: json.dumps(content, indent=2) for file, content in texts.items()})
+    def save(name: str, final: bool) -> None:
+        log.flush()  # metrics.json holds this step's counter, from which a run goes on
+
+        def write(folder: Path, weights: dict) -> None:
+            if config.model.use_peft:
+                save_adapter(folder / "adapter", model, weights)
+            if final or not config.model.use_peft:
+                save_model(folder, model, merge_lora(model, weights))
+            tokenizer.save_pretrained(folder)
+            scheduler = {"step": step, "total_steps": loader.n_steps, "warmup": config.warmup, "lr": config.lr}
+            texts = {"metrics.json": log.last, "scheduler.json": scheduler, "sft_config.json": dataclasses.asdict(config)}
+            for file, content in texts.items():
+                (folder / file).write_text(json.dumps(content, indent=2))
+
+        save_checkpoint(run_dir / name, model, optimizer, write, frozen=final)
 
     model.train()
     step, sums = counter // config.model.batch_size, Counter()
@@ -195,16 +213,35 @@ def main(config: Config) -> None:
         if counter // config.eval_every > (counter - batch["n_examples"]) // config.eval_every and step < loader.n_steps:
             evaluate()
             if config.intermediate_checkpoints:
-                save(f"step-{step}")
+                save(f"step-{step}", final=False)
     evaluate("after")
     log.close()
-    save("FINAL")
+    save("FINAL", final=True)
     if rank == 0:
         print(log.summary())
         if answers:
             print(show_answers(answers))
         print(f"saved to {run_dir / 'FINAL'}: AutoModelForCausalLM.from_pretrained({str(run_dir / 'FINAL')!r})")
     dist.destroy_process_group()
+
+
+def make_model(config: Config, tokenizer, stop_id: int, device: torch.device):
+    """Returns the model to train, before it is sharded: loaded or new, with adapters where they are what is trained."""
+    model = config.model
+    # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
+    half = model.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    folder = not model.use_peft and model.from_checkpoint or model.load_from
+    loaded = load_model(folder or model.name_or_path, None if folder else model.random_init, tokenizer, stop_id,
+                        config.cache_dir, torch.bfloat16 if half else torch.float32, fuse=model.compile)
+    adapter = f"{model.from_checkpoint}/adapter" if model.from_checkpoint else model.load_lora_from
+    if model.use_peft and adapter:
+        load_adapter(adapter, loaded, model.peft.lora_dropout, loaded.has_new_tokens)
+    elif model.use_peft:
+        add_lora(loaded, model.peft.lora_r, model.peft.lora_alpha, model.peft.lora_dropout, model.peft.target_modules,
+                 model.peft.use_rslora, loaded.has_new_tokens)
+    if model.activation_checkpointing:
+        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    return loaded
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -233,8 +270,10 @@ class Log:
     A step's numbers are read one step late: reading them at once would make the host wait for the device in every step.
     """
 
-    def __init__(self, config: Config, run_dir: Path, n_steps: int, counter: int, rank: int, device: torch.device):
+    def __init__(self, config: Config, run_dir: Path, n_steps: int, counter: int, rank: int, device: torch.device,
+                 flops: tuple[float, float, float]):
         self.rank, self.device, self.pending, self.last, self.records = rank, device, None, {"counter": counter}, []
+        self.flops, self.peak_flops = flops, peak_flops(device)
         self.clock = self.started = time.perf_counter()
         if rank == 0:
             self.file = open(run_dir / "metrics.jsonl", "a" if counter else "w")
@@ -253,6 +292,10 @@ class Log:
         self.pending = record | {"target_fraction": batch["global_target_count"] / batch["global_token_count"],
                                  "tokens_per_second": batch["global_token_count"] / seconds,
                                  "examples_per_second": batch["n_examples"] / seconds}
+        if self.peak_flops:
+            counts = batch["global_token_count"], batch["global_target_count"], batch["global_squared_lengths"]
+            needed = sum(count * flops for count, flops in zip(counts, self.flops))
+            self.pending["mfu"] = needed / seconds / (dist.get_world_size() * self.peak_flops)
 
     def flush(self) -> None:
         record, self.pending = self.pending, None
@@ -310,6 +353,13 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Returns the device's dense bf16 FLOP/s as its maker states them, None where this table does not know it."""
+    peaks = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in peaks.items() if key in name), None)
 
 
 def plot(values: list[float], width: int = 72, height: int = 10) -> str:

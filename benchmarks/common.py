@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def describe_machine(device: str, dtype: torch.dtype) -> str:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu[1] if cpu else platform.machine()}"
-    return (f"{name}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}, Python {platform.python_version()}, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}")
+    return (f"{name}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}, "
+            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
 
 
 def time_interleaved(runs: dict[str, Callable], repeats: int, device: str) -> dict[str, float]:

@@ -26,6 +26,7 @@ class PeftConfig:
     lora_alpha: float = 256  # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.05  # dropout on the input of the update
     target_modules: str | list[str] = "all-linear"  # names of linears, [q_proj,v_proj], or all-linear: all but the head
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) instead, which keeps large ranks from learning slowly
 
 
 @dataclass(slots=True)
@@ -43,8 +44,9 @@ class ModelConfig:
     max_prompt_length: int = 1024  # tokens of prompt kept in a row that is still too long after that
     max_grad_norm: float = 1.0  # the gradient's global norm is clipped to this
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
+    compile: bool = False  # compile each block, and the log-prob kernel's elementwise part: for a GPU, a minute at the start
     use_peft: bool = False  # train LoRA adapters, not the weights
-    load_lora_from: str = ""  # folder of an adapter to go on from
+    load_lora_from: str = ""  # folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale
     peft: PeftConfig = field(default_factory=PeftConfig)
 
 
@@ -116,7 +118,8 @@ def check(config: Config, world_size: int) -> list[str]:
             f"model.batch_size={model.batch_size} must be divisible by {world_size} ranks x "
             f"{model.gradient_accumulation_steps} accumulation steps = {microbatches}")
     require(not (config.eval_datasets and config.eval_fraction), "eval_datasets and eval_fraction exclude each other")
-    require(not model.use_peft and not model.load_lora_from, "model.use_peft: LoRA is not part of this version")
+    require(model.use_peft or not model.load_lora_from, "model.load_lora_from needs model.use_peft=true")
+    require(model.peft.target_modules, "model.peft.target_modules must name a layer, or be all-linear")
     return errors
 
 
