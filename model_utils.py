@@ -37,11 +37,12 @@ def load_tokenizer(name_or_path: str, cache_dir: str) -> transformers.PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {first_line(error)}") from error
+        raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {one_line(error)}") from error
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + CHATML
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+                                     replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked by length, so any will do
     return tokenizer
@@ -56,18 +57,24 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: 
     """
     if random_init:
         try:
+            known = AutoConfig.for_model(random_init["model_type"])
+            if unknown := [key for key in random_init if not hasattr(known, key) and key != "rope_theta"]:
+                raise ValueError(f"{known.model_type} knows no {', '.join(unknown)}")
             config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **random_init})
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"model.random_init: {first_line(error)}") from error
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as error:  # each model's configuration has checks of its own
+            raise ModelError(f"model.random_init: {one_line(error)}") from error
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir,
-                                                         trust_remote_code=False, use_safetensors=True)  # never a pickle
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"{name_or_path}: no causal language model can be loaded: {first_line(error)}") from error
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True,
+                use_safetensors=True)  # never a pickle
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
+        if missing := sorted(loaded["missing_keys"]):
+            raise ModelError(f"{name_or_path}: {len(missing)} weights are missing, the first is {missing[0]}")
 
     old_size = model.get_input_embeddings().num_embeddings
     model.has_new_tokens = len(tokenizer) > old_size
@@ -111,8 +118,8 @@ def count_flops(model) -> tuple[float, float, float]:
     return body, flops(head), 6 * config.num_hidden_layers * width
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +220,7 @@ def load_adapter(folder: str, model, dropout: float, train_embeddings: bool = Fa
         weights = load_file(Path(folder, "adapter_model.safetensors"))
         r, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: no adapter can be loaded: {type(error).__name__}: {first_line(error)}") from error
+        raise ModelError(f"{folder}: no adapter can be loaded: {type(error).__name__}: {one_line(error)}") from error
     odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out", "lora_bias",
                            "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora",
                            "arrow_config", "kasa_config", "layer_replication") if config.get(key)]
@@ -255,6 +262,8 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     cu_seq_lens_q[i + 1]. A sliding window of w lets a token see itself and the w - 1 before it; softcap bounds the scores
     (Gemma 2). Returns (1, T, heads, D) and None for the probabilities, which are never made.
     """
+    if attention_mask is not None and attention_mask != sliding_window:
+        raise ValueError("only its mask knows of the window")
     groups = query.shape[1] // key.shape[1]
     if query.is_cuda and varlen_attn and not softcap and not dropout and query.shape[-1] <= 256:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
@@ -282,7 +291,13 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
+def mask_of_documents(*args, local_size: int | None = None, **kwargs) -> int | None:
+    """What a model gets for a mask, and hands on to document_attention: nothing, or the window that it would have had."""
+    return local_size
+
+
 transformers.AttentionInterface.register("documents", document_attention)
+transformers.AttentionMaskInterface.register("documents", mask_of_documents)
 
 
 def enable_packing(model, device: torch.device) -> str:
@@ -312,7 +327,7 @@ def enable_packing(model, device: torch.device) -> str:
             packed, mixed = row_of(8, 24), row_of(24)
         problem = "mixes documents" if (packed - apart).abs().max() > 0.01 * (mixed - apart).abs().max() else ""
     except (TypeError, ValueError, AttributeError) as error:
-        problem = f"takes no other attention ({first_line(error)})"
+        problem = f"takes no other attention ({one_line(error)})"
     model.train(was_training)
     if problem:
         model.set_attn_implementation(own_attention)
@@ -339,6 +354,24 @@ def target_logps(model, input_ids, labels, target_positions, attention_mask=None
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
     return linear_logps(hidden.flatten(0, 1)[target_positions - 1], head.weight, labels.flatten()[target_positions],
                         head.bias, scale, getattr(config, "final_logit_softcapping", None), uniform=True, fuse=fuse)  # Gemma
+
+
+@torch.no_grad()
+def check_head(model, device: torch.device) -> None:
+    """Raises ModelError where target_logps is not what the model's own logits give: a head unlike those known here.
+
+    All ranks must call it.
+    """
+    ids, was_training = torch.arange(8, device=device)[None], model.training
+    model.eval()
+    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    try:
+        difference = (model.target_logps(ids, ids, torch.arange(1, 8, device=device)) - logps).abs().max().item()
+    except AttributeError:
+        difference = math.inf
+    model.train(was_training)
+    if not difference <= 0.02 * (1 + logps.abs().max().item()):  # bf16 may differ by half of that
+        raise ModelError(f"{type(model).__name__}: the logits are not hidden states times a head in a way known here")
 
 
 def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None,

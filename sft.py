@@ -46,6 +46,7 @@ from fsdp_utils import (
 from model_utils import (
     ModelError,
     add_lora,
+    check_head,
     count_flops,
     enable_packing,
     load_adapter,
@@ -138,6 +139,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     model = make_model(config, tokenizer, encoder.stop_id, device)
     shard_model(model, device, "target_logps", compile=config.model.compile)
+    check_head(model, device)
     torch.manual_seed(config.seed + rank)  # every rank drops out other activations
     optimizer = make_optimizer(model, config)
     counter = 0

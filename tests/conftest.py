@@ -6,11 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data import DTYPES, TokenisedRows
+from make_tiny import make_rows, train_tokenizer
 
 
 def run_script(*argv, n_processes: int = 0, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -41,3 +47,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def write_model(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    """A Llama with biases, none of whose norms and biases is a one or a zero, and the tokenizer of the tiny task."""
+    folder.mkdir()
+    train_tokenizer(make_rows(200, 1)[0], folder)
+    torch.manual_seed(3)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=128, vocab_size=256, tie_word_embeddings=tied,
+                         attention_bias=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+
+
+def store_rows(folder: Path, documents: list[tuple[np.ndarray, np.ndarray]]) -> TokenisedRows:
+    """Documents as the token cache holds them, without files that they come from."""
+    lengths = [len(ids) for ids, _ in documents]
+    columns = {"ids": np.concatenate([ids for ids, _ in documents]), "trained": np.concatenate([on for _, on in documents]),
+               "lengths": lengths, "targets": [on.sum() for _, on in documents], "lines": lengths, "files": lengths}
+    folder.mkdir(parents=True)
+    for name, dtype in DTYPES.items():
+        np.asarray(columns[name], dtype).tofile(folder / f"{name}.bin")
+    np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "offsets.bin")
+    (folder / "counts.json").write_text("{}")
+    return TokenisedRows(folder, [])
