@@ -41,8 +41,10 @@ def load_tokenizer(name_or_path: str, cache_dir: str) -> transformers.PreTrained
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + CHATML
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
-                                     replace_extra_special_tokens=False)
+        # sentencepiece's user-defined symbols pass for special tokens too, but their flag tells that they are text
+        text = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special}
+        special = [token for token in tokenizer.all_special_tokens if token not in text]
+        tokenizer.add_special_tokens({"additional_special_tokens": [*special, "<|im_start|>", "<|im_end|>"]})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked by length, so any will do
     return tokenizer

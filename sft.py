@@ -68,7 +68,7 @@ def get_lr(step: int, total_steps: int, warmup: float, peak: float) -> float:
     """
     warmup_steps = max(1, round(warmup * total_steps))
     if step <= warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step / warmup_steps)  # exactly the peak at its end
     progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -139,7 +139,6 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     model = make_model(config, tokenizer, encoder.stop_id, device)
     shard_model(model, device, "target_logps", compile=config.model.compile)
-    check_head(model, device)
     torch.manual_seed(config.seed + rank)  # every rank drops out other activations
     optimizer = make_optimizer(model, config)
     counter = 0
@@ -147,6 +146,7 @@ def main(config: Config) -> None:
         load_optimizer(config.model.from_checkpoint, model, optimizer)
         counter = json.loads(Path(config.model.from_checkpoint, "metrics.json").read_text())["counter"]
 
+    check_head(model, device)  # after the optimizer is made: a forward leaves some weights gathered
     own_attention = model.config._attn_implementation
     why_not = enable_packing(model, device) if config.model.packing else "model.packing=false"
     deal = {"batch_size": config.model.batch_size, "pad_id": tokenizer.pad_token_id, "packing": not why_not,

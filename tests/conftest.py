@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,8 +46,21 @@ def one_thread():
     """For tiny models: on a busy machine threads that wait for each other take more time than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def process_of_one():
+    """For what else is torchrun's to run: on one thread, as there, and no group of processes is left where it fails."""
+    with one_thread():
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def write_model(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import one_thread, run_well, store_rows, write_model
+from conftest import one_thread, process_of_one, run_well, store_rows, write_model
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
     store_rows(folder / "rows", make_documents())
     for n_processes in (2, 4):  # the checkpoint of 2 is read by all
         run_well(__file__, folder, n_processes=n_processes)
-    with one_thread():
+    with process_of_one():
         work(folder)
     return folder
 
