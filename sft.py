@@ -66,10 +66,10 @@ def get_lr(step: int, total_steps: int, warmup: float, peak: float) -> float:
 
     A pure function of the step, so nothing has to be restored. Loshchilov & Hutter 2017 (SGDR), eq. 5, with one period.
     """
-    warmup_steps = max(1, round(warmup * total_steps))
+    warmup_steps = max(1, min(round(warmup * total_steps), total_steps - 1))  # the last step is left to the cosine
     if step <= warmup_steps:
         return peak * (step / warmup_steps)  # exactly the peak at its end
-    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -118,6 +118,11 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def main(config: Config) -> None:
+    if config.model.from_checkpoint:
+        for file in ("optimizer.pt", "metrics.json"):
+            if not Path(config.model.from_checkpoint, file).is_file():
+                raise ModelError(f"{config.model.from_checkpoint}: not a checkpoint of this script (no {file}); "
+                                 "model.load_from starts from weights alone")
     run_dir = Path(config.cache_dir, config.exp_name)
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(config.model.from_checkpoint or config.model.tokenizer_name_or_path or config.model.name_or_path,
