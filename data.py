@@ -515,7 +515,8 @@ def pack(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
 def batch_by_length(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
     """Deals rows into groups of like length, none of more than `capacity` tokens with its padding unless of a single row.
 
-    As many groups as in `pack`, in runs of neighbours by length, each padded to its longest row.
+    Each is a run of neighbours by length, padded to its longest row; there are as few as hold them in some multiple of
+    `multiple`.
     """
     by_length = np.argsort(lengths, kind="stable")
     n_groups = multiple

@@ -110,7 +110,8 @@ def count_flops(model) -> tuple[float, float, float]:
     head's take them for targets only. Attention takes 2 * 2 * length² / 2 * width in the forward and twice that after it.
     """
     config, head, embeddings = model.config.get_text_config(), model.get_output_embeddings().weight, model.get_input_embeddings()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", 0)  # a state space model has none
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
 
     def flops(weight) -> int:
         return weight.numel() * (6 if weight.requires_grad else 4)
@@ -441,7 +442,7 @@ def sweep(hidden, weight, bias, labels, scale, softcap, fuse, grad_logps, wanted
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=fp32) if wanted[1] else None
     grad_bias = torch.zeros_like(bias, dtype=fp32) if wanted[2] else None
-    differentiate = torch.compile(differentiate_functionally, dynamic=True) if fuse else differentiate_in_place
+    differentiate = compiled_differentiate() if fuse else differentiate_in_place
 
     for start in range(0, n_rows, size):
         rows = slice(start, start + size)
@@ -498,6 +499,11 @@ def differentiate_functionally(z, bias, label, scale, softcap, g, wanted):
     logps = z.log_softmax(-1)
     minus_dz = (logps.exp() - (torch.arange(z.shape[1], device=z.device) == label).to(z.dtype)) * slope * scale
     return logps.gather(1, label).squeeze(1), (minus_dz if g is None else minus_dz * g) if wanted else None
+
+
+@functools.cache  # once a process, not once a microbatch; and not at import, which would wait for the compiler's own
+def compiled_differentiate():
+    return torch.compile(differentiate_functionally, dynamic=True)
 
 
 def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1) -> torch.Tensor:

@@ -234,21 +234,22 @@ def main(config: Config) -> None:
 
 def make_model(config: Config, tokenizer, stop_id: int, device: torch.device):
     """Returns the model to train, before it is sharded: loaded or new, with adapters where they are what is trained."""
-    model = config.model
+    wanted, peft = config.model, config.model.peft
     # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
-    half = model.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    folder = not model.use_peft and model.from_checkpoint or model.load_from
-    loaded = load_model(folder or model.name_or_path, None if folder else model.random_init, tokenizer, stop_id,
-                        config.cache_dir, torch.bfloat16 if half else torch.float32, fuse=model.compile)
-    adapter = f"{model.from_checkpoint}/adapter" if model.from_checkpoint else model.load_lora_from
-    if model.use_peft and adapter:
-        load_adapter(adapter, loaded, model.peft.lora_dropout, loaded.has_new_tokens)
-    elif model.use_peft:
-        add_lora(loaded, model.peft.lora_r, model.peft.lora_alpha, model.peft.lora_dropout, model.peft.target_modules,
-                 model.peft.use_rslora, loaded.has_new_tokens)
-    if model.activation_checkpointing:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
-    return loaded
+    half = wanted.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    folder = wanted.load_from if wanted.use_peft else wanted.from_checkpoint or wanted.load_from
+    model = load_model(folder or wanted.name_or_path, None if folder else wanted.random_init, tokenizer, stop_id,
+                       config.cache_dir, torch.bfloat16 if half else torch.float32, fuse=wanted.compile)
+    if wanted.use_peft:
+        adapter = f"{wanted.from_checkpoint}/adapter" if wanted.from_checkpoint else wanted.load_lora_from
+        if adapter:
+            load_adapter(adapter, model, peft.lora_dropout, model.has_new_tokens)
+        else:
+            add_lora(model, peft.lora_r, peft.lora_alpha, peft.lora_dropout, peft.target_modules, peft.use_rslora,
+                     model.has_new_tokens)
+    if wanted.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -35,7 +35,7 @@ import sft
 from configs.base import Config, ModelConfig
 from data import ChatEncoder, SFTDataLoader, tokenise
 from fsdp_utils import clip_gradients, init_processes, shard_model
-from model_utils import add_lora, enable_packing, load_model, load_tokenizer
+from model_utils import enable_packing, load_model, load_tokenizer
 
 WAYS = ("ours", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "the limit")
 
@@ -62,31 +62,28 @@ def make_ours(args, adapters: str | None = None):
     """Returns step(i), which trains on the batch of step i."""
     _, _, device = init_processes()
     tokenizer, encoder, rows = load_rows(args)
-    half = torch.bfloat16 if device.type == "cuda" and adapters else torch.float32
-    model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", half, fuse=args.compile)
-    if adapters == "ours":
-        add_lora(model, 64, 256, 0.05, "all-linear")
-    elif adapters == "PEFT's":
+    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile,
+                                               activation_checkpointing=args.checkpointing))
+    model = sft.make_model(config, tokenizer, encoder.stop_id, device)
+    if adapters == "PEFT's":
         import peft
-        model.requires_grad_(False)
-        config = peft.LoraConfig(r=64, lora_alpha=256, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(model, config).get_base_model()
-    if args.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to(torch.bfloat16 if args.device == "cuda" else torch.float32)
+        settings = {key: getattr(config.model.peft, key) for key in ("lora_alpha", "lora_dropout", "target_modules")}
+        model = peft.get_peft_model(model, peft.LoraConfig(r=config.model.peft.lora_r, task_type="CAUSAL_LM", **settings))
+        model = model.get_base_model()
     shard_model(model, device, "target_logps", compile=args.compile)
-    optimizer = sft.make_optimizer(model, Config(lr=2e-5, model=ModelConfig()))
+    optimizer = sft.make_optimizer(model, config)
     why_not = enable_packing(model, device)
     model.train()
     batches = load_batches(args, tokenizer, rows, packing=not why_not)
 
-    def step(i: int) -> float:
+    def step(i: int) -> None:
         for batch in batches[i]:
-            loss, metrics = sft.get_batch_metrics(model, sft.to_device(batch, device), "train", batch["global_target_count"])
+            loss, _ = sft.get_batch_metrics(model, sft.to_device(batch, device), "train", batch["global_target_count"])
             loss.backward()
-        grad_norm = clip_gradients(model.parameters(), 1.0)
+        clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return grad_norm.item()
     return step
 
 
@@ -98,7 +95,7 @@ def make_padded(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     per_forward = max(1, args.microbatch_tokens // args.max_length)
 
-    def step(i: int) -> float:
+    def step(i: int) -> None:
         indices = range(i * args.batch_size, (i + 1) * args.batch_size)
         n_targets = int(rows.targets[list(indices)].sum())
         for start in range(0, args.batch_size, per_forward):
@@ -116,10 +113,9 @@ def make_padded(args):
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / n_targets
             loss.backward()
             del logits, loss
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return grad_norm.item()
     return step
 
 
@@ -133,7 +129,7 @@ def make_limit(args):
     batches = load_batches(args, tokenizer, rows, packing=not why_not)
     grad_weight = torch.empty_like(weight)
 
-    def step(i: int) -> float:
+    def step(i: int) -> None:
         for batch in batches[i]:
             batch = sft.to_device(batch, device)
             ends, longest = batch["document_ends"], batch["longest"]
@@ -144,11 +140,10 @@ def make_limit(args):
                 needed = hidden.flatten(0, 1)[batch["target_positions"] - 1]
                 for rows_ in needed.split(1024):
                     logits = rows_ @ weight.T
-                    grad_hidden = logits @ weight
+                    torch.mm(logits, weight)
                     torch.mm(logits.T, rows_, out=grad_weight)
             hidden.backward(hidden.detach())
         model.zero_grad()
-        return float(grad_hidden.sum())
     return step
 
 

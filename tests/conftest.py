@@ -21,10 +21,10 @@ from make_tiny import make_rows, train_tokenizer
 
 
 def run_script(*argv, n_processes: int = 0, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs a script by python, or n_processes of it by torchrun; returns its exit code and texts."""
+    """Runs a script by python, or n_processes of it by torchrun, on the CPU; returns its exit code and texts."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"] if n_processes else []
     process = subprocess.Popen([sys.executable, *torchrun, *map(str, argv)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

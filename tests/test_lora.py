@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from functools import partial
@@ -20,7 +19,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, one_thread, run_well
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -62,12 +61,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def on_one_thread():
     """Which is fastest for models this small, and more so beside other processes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+    with one_thread():
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -815,14 +812,6 @@ def shard_in_bf16(model) -> None:
     register_fsdp_forward_method(model, "target_logps")
 
 
-def launch(*arguments, processes: int = 2) -> None:
-    """Runs a script under torchrun to its end, in less than two minutes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                           *map(str, arguments)], cwd=ROOT, env=environment, timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 def peft_from(world: Path, base: str, adapter: Path, trainable: bool = False):
     """PEFT's model of a base in the world and an adapter's folder."""
     name, _, kind = base.partition("/")
@@ -841,7 +830,7 @@ def trained(world) -> Path:
             disturb({key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}, "")
         (world / name).mkdir()
         save_adapter(world / name / "start", model, model.state_dict())
-    launch(Path(__file__), world)
+    run_well(Path(__file__), world, n_processes=2, cwd=ROOT)
     return world
 
 
@@ -984,11 +973,12 @@ def run_sft(world: Path, name: str, *overrides: str) -> Path:
     """Trains full/llama for 4 steps on 2 processes with a checkpoint after each second one; returns the run's folder."""
     config = world / "config.py"
     config.write_text("from configs.base import Config\n\nconfig = Config()\n")
-    launch("sft.py", "--config", config, f"datasets=[{world / 'train.jsonl'}]", f"exp_name={name}", f"cache_dir={world / 'runs'}",
-           f"model.name_or_path={world / 'full' / 'llama'}", "n_examples=32", f"model.batch_size={BATCH_SIZE}", f"lr={STEP}",
-           "weight_decay=0.05", "eval_every=16", "intermediate_checkpoints=true", "model.use_peft=true", "model.max_length=64",
-           "model.max_prompt_length=32", "model.peft.lora_r=4", "model.peft.lora_alpha=10", "model.peft.lora_dropout=0",
-           *overrides)
+    run_well("sft.py", "--config", config, f"datasets=[{world / 'train.jsonl'}]", f"exp_name={name}",
+             f"cache_dir={world / 'runs'}", f"model.name_or_path={world / 'full' / 'llama'}", "n_examples=32",
+             f"model.batch_size={BATCH_SIZE}", f"lr={STEP}",
+             "weight_decay=0.05", "eval_every=16", "intermediate_checkpoints=true", "model.use_peft=true", "model.max_length=64",
+             "model.max_prompt_length=32", "model.peft.lora_r=4", "model.peft.lora_alpha=10", "model.peft.lora_dropout=0",
+             *overrides, n_processes=2, cwd=ROOT)
     return world / "runs" / name
 
 

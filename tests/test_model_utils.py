@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run_well
+from conftest import ROOT, one_thread, run_well
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import model_utils
@@ -42,12 +43,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def on_one_thread():
     """Waking a second one takes longer than any of these matrices."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+    with one_thread():
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,3 +699,28 @@ def test_a_folder_that_holds_no_tokenizer_is_named_in_one_line(tmp_path, broken)
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step needs
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_are_those_of_the_matmuls_that_run(frozen):
+    """Of the body and, on the targets alone, of the head; attention's, which torch counts without its mask, stand apart."""
+    model = make_model("llama")
+    if frozen:
+        model.requires_grad_(False).enable_input_require_grads()
+    ids, targets = torch.arange(24)[None], torch.tensor([3, 7, 8])
+    with FlopCounterMode(display=False) as counter:
+        target_logps(model, ids, ids, targets).sum().backward()
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    per_token, per_target, per_squared_length = model_utils.count_flops(model)
+    assert sum(count for op, count in counts.items() if "mm" in op and "bmm" not in op) == 24 * per_token + 3 * per_target
+    assert per_squared_length == 6 * 2 * 64  # layers, width
+
+
+def test_a_model_without_attention_has_no_flops_of_it():
+    config = AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=128)
+    per_token, _, per_squared_length = model_utils.count_flops(AutoModelForCausalLM.from_config(config))
+    assert per_token > 0 and per_squared_length == 0
