@@ -353,6 +353,7 @@ class TokenisedRows:
 
     def __init__(self, folder: Path, files: list[Path]):
         self.files, self.counts = files, json.loads((folder / "counts.json").read_text())
+        self.identity = folder.name  # a hash of all that the tokens follow from
         column = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in DTYPES.items()}
         self.ids, self.trained, self.lengths, self.targets = (column[n] for n in ("ids", "trained", "lengths", "targets"))
         self.lines, self.file_of = column["lines"], column["files"]
@@ -399,11 +400,14 @@ def tokenise(paths: list[str], encoder: ChatEncoder, cache_dir: str) -> Tokenise
             raise DataError(f"{file}: can't be read: {error.strerror}") from error
         identity.update(content.digest())
     folder = Path(cache_dir) / "tokens" / identity.hexdigest()[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            build(folder, files, encoder, n_lines)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                build(folder, files, encoder, n_lines)
+    except OSError as error:
+        raise DataError(f"{folder}: the token cache can't be written: {error.strerror}") from error
     return TokenisedRows(folder, files)
 
 
@@ -559,8 +563,8 @@ class SFTDataLoader:
         self.rows, self.indices, self.batch_size, self.n_examples, self.seed = rows, indices, batch_size, n_examples, seed
         self.pad_id, self.packing, self.microbatch_tokens, self.accumulation = pad_id, packing, microbatch_tokens, accumulation
         self.rank, self.world_size = rank, world_size
-        self.start = start  # examples to skip, a multiple of batch_size; costs nothing
-        self.n_steps = math.ceil(n_examples / batch_size)
+        self.start = start  # examples to skip, which costs nothing
+        self.n_steps = math.ceil((n_examples - start) / batch_size)
 
     def __iter__(self) -> Iterator[dict]:
         return prefetch(self.batches())

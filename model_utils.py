@@ -3,15 +3,19 @@
 import functools
 import json
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -51,40 +55,41 @@ def load_tokenizer(name_or_path: str, cache_dir: str) -> transformers.PreTrained
 
 
 def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: int | None, cache_dir: str,
-               dtype: torch.dtype = torch.float32, fuse: bool = False):
+               dtype: torch.dtype = torch.float32, fuse: bool = False, sliced: bool = False):
     """Returns a causal LM with a row of the embeddings for every token, that stops generating at stop_id.
 
     `random_init` describes a new one (a transformers config; its vocabulary is the tokenizer's), instead of loading it.
     What is trained must be fp32: half of AdamW's steps are too small to change a bf16 weight. `fuse` is linear_logps'.
+    If `sliced`, its weights are left to be read when it is sharded, from model.weight_files, {name: safetensors file}, where
+    the files hold them just as the model does; that is empty where the weights are here already. Raises ModelError.
     """
+    weight_files = {}
     if random_init:
-        try:
-            known = AutoConfig.for_model(random_init["model_type"])
-            if unknown := [key for key in random_init if not hasattr(known, key) and key != "rope_theta"]:
-                raise ValueError(f"{known.model_type} knows no {', '.join(unknown)}")
-            config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **random_init})
-            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-            config.pad_token_id = tokenizer.pad_token_id
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except Exception as error:  # each model's configuration has checks of its own
-            raise ModelError(f"model.random_init: {one_line(error)}") from error
+        model = make_new_model(random_init, tokenizer, dtype)
     else:
         try:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True,
-                use_safetensors=True)  # never a pickle
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            size = len(tokenizer)
+            model, weight_files = make_empty_model(name_or_path, cache_dir, dtype, size) if sliced else (None, {})
+            if not weight_files:
+                model, loaded = AutoModelForCausalLM.from_pretrained(
+                    name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True,
+                    use_safetensors=True)  # never a pickle
+                for what, keys in (("missing", loaded["missing_keys"]), ("not this model's", loaded["unexpected_keys"])):
+                    if keys:
+                        raise ModelError(f"{name_or_path}: {len(keys)} weights are {what}, the first is {min(keys)}")
+        except ModelError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
-        if missing := sorted(loaded["missing_keys"]):
-            raise ModelError(f"{name_or_path}: {len(missing)} weights are missing, the first is {missing[0]}")
 
     old_size = model.get_input_embeddings().num_embeddings
     model.has_new_tokens = len(tokenizer) > old_size
     if model.has_new_tokens:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():  # a new token starts as the mean of the known ones, on every rank alike
-            for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-                embedding.weight[old_size:] = embedding.weight[:old_size].mean(0)
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                for tensor in layer.parameters():
+                    tensor[old_size:] = tensor[:old_size].mean(0)
 
     generation = model.generation_config
     stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
@@ -93,14 +98,84 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: 
     if any(value is not None for value in (generation.temperature, generation.top_p, generation.top_k)):
         generation.do_sample = True  # transformers refuses to save sampling settings that are switched off
     model.target_logps = functools.partial(target_logps, model, fuse=fuse)
+    model.weight_files = weight_files
     return model
 
 
-def save_model(folder: Path, model, weights: dict[str, torch.Tensor]) -> None:
-    """Writes the whole state dict as transformers does: safetensors, configuration, generation configuration."""
-    for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
-        weights[tied] = weights[source]  # one tensor again, so that it is written once
-    model.save_pretrained(folder, state_dict=weights)
+def make_new_model(description: dict, tokenizer, dtype: torch.dtype):
+    try:
+        known = AutoConfig.for_model(description["model_type"])
+        if unknown := [key for key in description if not hasattr(known, key) and key != "rope_theta"]:
+            raise ValueError(f"{known.model_type} knows no {', '.join(unknown)}")
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **description})
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # each model's configuration has checks of its own
+        raise ModelError(f"model.random_init: {one_line(error)}") from error
+
+
+class Unallocated(TorchFunctionMode):
+    """Puts what torch.empty makes, as the weights of linears and embeddings, on the meta device; buffers come out as ever."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
+
+
+def make_empty_model(name_or_path: str, cache_dir: str, dtype: torch.dtype, vocabulary: int):
+    """Returns (model, {name: file} of its weights), the latter empty where they must be loaded by transformers: renamed or
+    fused in the files, or with rows to be added for new tokens."""
+    files = find_weights(name_or_path, cache_dir)
+    config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+    with Unallocated():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    if cached_file(name_or_path, "generation_config.json", cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False):
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
+    state = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    strangers = [name for name in files.keys() - state.keys() if not any(re.search(pattern, name) for pattern in ignored)]
+    fits = not strangers and files.keys() >= state.keys() - tied.keys() and len(model.get_input_embeddings().weight) >= vocabulary
+    for file in set(files.values()) if fits else ():
+        with safe_open(file, "pt") as tensors:
+            for name in (name for name in tensors.keys() if name in state):
+                tensor = tensors.get_slice(name)
+                fits &= tensor.get_shape() == list(state[name].shape)
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ModelError(f"{file}: {name} is {tensor.get_dtype()}: quantised weights can't be fine-tuned")
+    return model, {name: file for name, file in files.items() if name in state and name not in tied} if fits else {}
+
+
+def find_weights(name_or_path: str, cache_dir: str) -> dict[str, str]:
+    """Returns {name: safetensors file} of a model's weights, which are downloaded if need be; {} where there are none."""
+    find = functools.partial(cached_file, name_or_path, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    if index := find("model.safetensors.index.json"):
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        paths = {file: find(file) for file in set(weight_map.values())}
+        return {name: paths[file] for name, file in weight_map.items()} if all(paths.values()) else {}
+    if not (file := find("model.safetensors")):
+        return {}
+    with safe_open(file, "pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Writes a state dict that comes in parts, tied weights once, as transformers does: safetensors and configurations."""
+    files = []
+    for part in parts:
+        model.save_pretrained(folder, state_dict=part, max_shard_size="10TB")
+        files.append((folder / "model.safetensors").rename(folder / f"part-{len(files)}.safetensors"))
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    weight_map, total = {}, 0
+    for i, file in enumerate(files, 1):
+        file = file.rename(folder / f"model-{i:05}-of-{len(files):05}.safetensors")
+        total += file.stat().st_size
+        with safe_open(file, "pt") as tensors:
+            weight_map |= dict.fromkeys(tensors.keys(), file.name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def count_flops(model) -> tuple[float, float, float]:
@@ -147,8 +222,31 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / (math.sqrt(r) if rslora else r)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self.lora_A(self.dropout(x)) * self.scaling  # scaled where it is small
-        return F.linear(x, self.weight, self.bias) + self.lora_B(low)
+        dropout = self.dropout.p if self.training else 0.0
+        low = DropoutLinear.apply(x, self.lora_A.weight, dropout) if dropout else self.lora_A(x)
+        return F.linear(x, self.weight, self.bias) + self.lora_B(low * self.scaling)  # scaled where it is small
+
+
+class DropoutLinear(torch.autograd.Function):
+    """dropout(x) @ A.T, which keeps for the backward x, held by others anyway, and the mask at a byte a number.
+
+    As two functions they would keep dropout(x) too, and on a CPU the mask in x's dtype: for each of a block's seven linears
+    anew, more than all the rest of the block keeps.
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, p):
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+        ctx.save_for_backward(x, a, kept)
+        ctx.scale = 1 / (1 - p)
+        return F.linear(x * kept, a) * ctx.scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, a, kept = ctx.saved_tensors
+        grad = grad * ctx.scale
+        grad_x = (grad @ a).mul_(kept) if ctx.needs_input_grad[0] else None
+        return grad_x, grad.flatten(0, -2).T @ (x * kept).flatten(0, -2), None
 
 
 def add_lora(model, r: int, alpha: float, dropout: float, target_modules: str | list[str], rslora: bool = False,

@@ -7,7 +7,7 @@
 import os
 import sys
 
-from configs.base import Config, ConfigError, load_config, usage
+from configs.base import Config, ConfigError, changes, load_config, usage
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
     if {"--help", "-h"} & set(sys.argv):
@@ -17,13 +17,17 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     except ConfigError as error:
         sys.exit(f"sft.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import resource
+import shutil
+import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +39,23 @@ from tqdm import tqdm
 
 from data import IGNORE, ChatEncoder, DataError, SFTDataLoader, TokenisedRows, split_rows, to_messages, tokenise
 from fsdp_utils import (
+    CheckpointError,
     ShardingError,
     all_reduce_sums,
     clip_gradients,
+    find_checkpoint,
     init_processes,
-    load_optimizer,
+    list_checkpoints,
+    load_checkpoint,
+    load_shards,
+    lock,
+    make_anew,
+    on_first_rank,
+    prune_checkpoints,
+    replace,
     save_checkpoint,
     shard_model,
+    write_gathered,
 )
 from model_utils import (
     ModelError,
@@ -117,16 +131,18 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
 # The run
 
 
+STATE = ("step", "counter", "skipped_steps", "skipped_in_a_row")  # what a checkpoint says of the run, all 0 at its start
+
+
+class TrainingError(Exception):
+    """A run that can't go on, in one line."""
+
+
 def main(config: Config) -> None:
-    if config.model.from_checkpoint:
-        for file in ("optimizer.pt", "metrics.json"):
-            if not Path(config.model.from_checkpoint, file).is_file():
-                raise ModelError(f"{config.model.from_checkpoint}: not a checkpoint of this script (no {file}); "
-                                 "model.load_from starts from weights alone")
     run_dir = Path(config.cache_dir, config.exp_name)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(config.model.from_checkpoint or config.model.tokenizer_name_or_path or config.model.name_or_path,
-                               config.cache_dir)
+    if os.environ.get("RANK", "0") == "0":
+        locked = lock(run_dir)  # noqa: F841 (it is held for as long as there is this variable)
+    tokenizer = load_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config.cache_dir)
     encoder = ChatEncoder(tokenizer, config.model.max_length, config.model.max_prompt_length)
     # Before the processes join: a large data set may take longer to tokenise than a collective may take.
     rows = tokenise(config.datasets, encoder, config.cache_dir)
@@ -136,20 +152,25 @@ def main(config: Config) -> None:
         eval_rows = tokenise(config.eval_datasets, encoder, config.cache_dir)
         eval_ids = np.arange(len(eval_rows))
     n_held_out, eval_ids = len(eval_ids), eval_ids[:config.n_eval_examples]
+    n_examples = config.n_examples or config.n_epochs * len(train_ids)
 
-    rank, world_size, device = init_processes()
+    rank, world_size, device = init_processes(config.timeout_minutes)
     if rank:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
+    start, state = find_start(config, run_dir, rows.identity, n_examples)
+    step, counter, skipped, skipped_in_a_row = (state[key] for key in STATE)
+    if start and counter == n_examples and is_final(run_dir / "FINAL", counter):
+        return print(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew") if rank == 0 else None
     torch.manual_seed(config.seed)
     model = make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", compile=config.model.compile)
-    torch.manual_seed(config.seed + rank)  # every rank drops out other activations
+    shard_model(model, device, "target_logps", compile=config.model.compile, cpu_offload=config.model.cpu_offload,
+                replicas=config.model.replicas)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    load_shards(model, {name: file for name, file in model.weight_files.items() if not (start and name in trained)})
     optimizer = make_optimizer(model, config)
-    counter = 0
-    if config.model.from_checkpoint:
-        load_optimizer(config.model.from_checkpoint, model, optimizer)
-        counter = json.loads(Path(config.model.from_checkpoint, "metrics.json").read_text())["counter"]
+    if start:
+        load_checkpoint(start, model, optimizer)
 
     check_head(model, device)  # after the optimizer is made: a forward leaves some weights gathered
     own_attention = model.config._attn_implementation
@@ -157,19 +178,21 @@ def main(config: Config) -> None:
     deal = {"batch_size": config.model.batch_size, "pad_id": tokenizer.pad_token_id, "packing": not why_not,
             "microbatch_tokens": max(config.model.microbatch_tokens, config.model.max_length), "rank": rank,
             "world_size": world_size}
-    n_examples = config.n_examples or config.n_epochs * len(train_ids)
     loader = SFTDataLoader(rows, train_ids, n_examples=n_examples, seed=config.seed, start=counter,
                            accumulation=config.model.gradient_accumulation_steps, **deal)
     eval_loader = SFTDataLoader(eval_rows, eval_ids, n_examples=len(eval_ids), seed=None, **deal)
+    n_steps = step + loader.n_steps
     if rank == 0:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         print(show_example(tokenizer, *rows[train_ids[0]]))
-        print(f"train: {describe(rows.counts)}; {n_examples} examples = {loader.n_steps} steps of {config.model.batch_size}")
+        print(f"train: {describe(rows.counts)}; {n_examples} examples = {n_steps} steps of {config.model.batch_size}")
         print(f"eval: {len(eval_ids)} of {n_held_out} held-out rows; model: {n_parameters / 1e6:.1f}M parameters, "
               f"{n_trained / 1e6:.1f}M trained, on {world_size} x {device.type}")
         print("batches: " + (f"padded, since {why_not}" if why_not else "packed"))
-    log = Log(config, run_dir, loader.n_steps, counter, rank, device, count_flops(model))
+        if start:
+            print(f"resumed after step {step} from {start}")
+    log = Log(config, run_dir, start, step, n_steps, rank, device, count_flops(model))
     answers = {}  # "before" and "after" → graded answers to held-out prompts
 
     def evaluate(when: str | None = None) -> None:
@@ -181,69 +204,183 @@ def main(config: Config) -> None:
             answers[when] = answer_prompts(model, encoder, eval_rows, eval_ids[:config.n_eval_answers], device)
             model.set_attn_implementation(packed_attention)
 
-    def save(name: str, final: bool) -> None:
-        log.flush()  # metrics.json holds this step's counter, from which a run goes on
-
-        def write(folder: Path, weights: dict) -> None:
-            if config.model.use_peft:
-                save_adapter(folder / "adapter", model, weights)
-            if final or not config.model.use_peft:
-                save_model(folder, model, merge_lora(model, weights))
-            tokenizer.save_pretrained(folder)
-            scheduler = {"step": step, "total_steps": loader.n_steps, "warmup": config.warmup, "lr": config.lr}
-            texts = {"metrics.json": log.last, "scheduler.json": scheduler, "sft_config.json": dataclasses.asdict(config)}
-            for file, content in texts.items():
-                (folder / file).write_text(json.dumps(content, indent=2))
-
-        save_checkpoint(run_dir / name, model, optimizer, write, frozen=final)
-
-    model.train()
-    step, sums = counter // config.model.batch_size, Counter()
-    if config.do_first_eval:
-        evaluate("before")
-    for batch in loader:
-        batch = to_device(batch, device)
-        loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
-        loss.backward()
-        sums.update(metrics)
-        if not batch["ends_step"]:
-            continue
-        step, counter = step + 1, counter + batch["n_examples"]
-        lr = get_lr(step, loader.n_steps, config.warmup, config.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = clip_gradients(model.parameters(), config.model.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        log.add_step({"step": step, "counter": counter, "lr": lr, "grad_norm": grad_norm, **all_reduce_sums(sums)}, batch)
-        sums.clear()
-        if counter // config.eval_every > (counter - batch["n_examples"]) // config.eval_every and step < loader.n_steps:
+    def evaluate_if_due() -> None:
+        if 0 < step < n_steps and is_due(config.eval_every):
             evaluate()
             if config.intermediate_checkpoints:
-                save(f"step-{step}", final=False)
-    evaluate("after")
-    log.close()
-    save("FINAL", final=True)
+                export(f"step-{step}", whole=not config.model.use_peft)
+
+    def is_due(every: int) -> bool:
+        return counter // every > (counter - config.model.batch_size) // every
+
+    def save(latest: Path | None) -> Path | None:
+        """Writes a checkpoint and returns it, or, where it can't be written and the run is to go on, the one before it."""
+        folder = run_dir / "checkpoints" / f"step-{step}"
+        state = dict(zip(STATE, (step, counter, skipped, skipped_in_a_row)))
+        try:
+            save_checkpoint(folder, model, optimizer, {**state, "config": dataclasses.asdict(config), "data": rows.identity},
+                            run_dir / "metrics.jsonl")
+        except CheckpointError as error:
+            if config.stop_if_save_fails:
+                raise CheckpointError(f"{error}; the last whole checkpoint: {latest}") from error
+            log.say(f"warning: {error}; the run goes on")
+            return latest
+        prune_checkpoints(folder, config.keep_last)
+        log.restart_clock()
+        return folder
+
+    def export(name: str, whole: bool, checkpoint: Path | None = None) -> None:
+        scheduler = {"step": step, "total_steps": n_steps, "warmup": config.warmup, "lr": config.lr}
+        texts = {"metrics.json": log.last, "scheduler.json": scheduler, "sft_config.json": dataclasses.asdict(config)}
+        export_model(run_dir / name, model, tokenizer, texts, config.model.use_peft, whole, checkpoint)
+        log.restart_clock()
+
+    model.train()
+    if start:
+        evaluate_if_due()  # a checkpoint is written before the evaluation at its step
+    elif config.do_first_eval:
+        evaluate("before")
+    latest, sums = start, Counter()
+    with contextlib.closing(log), caught_signals() as signals:
+        for batch in loader:
+            if not sums:  # what a step draws at random follows from seed, step and rank, so that a resumed run draws it too
+                torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1, np.uint64)[0]))
+            batch = to_device(batch, device)
+            loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
+            loss.backward()
+            sums.update(metrics)
+            if not batch["ends_step"]:
+                continue
+            step, counter = step + 1, counter + batch["n_examples"]
+            lr = get_lr(step, n_steps, config.warmup, config.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            grad_norm = clip_gradients(model.parameters(), config.model.max_grad_norm).item()
+            sums["signals"] = torch.tensor([len(signals), 1], dtype=torch.float64, device=device)
+            means = {key: (total / count).item() for key, (total, count) in all_reduce_sums(sums).items()}
+            sums.clear()
+            stop = means.pop("signals") > 0 and step < n_steps
+            if math.isfinite(grad_norm) and math.isfinite(means["loss/train"]):  # the same on every rank
+                optimizer.step()
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            optimizer.zero_grad()
+            record = {"step": step, "counter": counter, "lr": lr, "grad_norm": grad_norm, **means, "skipped_steps": skipped}
+            log.add_step(record, batch)
+            if skipped_in_a_row == config.max_skipped_steps:
+                places = [rows.where(row) for row in loader.rows_at(counter - batch["n_examples"], counter)]
+                raise TrainingError(f"step {step}: the loss or the gradient is not finite, {skipped_in_a_row} steps in a row; "
+                                    f"the last good checkpoint: {latest}; the step's rows: {', '.join(sorted(places))}")
+            if stop or step == n_steps or is_due(config.save_every):
+                latest = save(latest)
+            if stop:
+                return log.say(f"stopped by a signal after step {step}; the same command goes on from {latest}")
+            evaluate_if_due()
+        evaluate("after")
+        log.close()
+        export("FINAL", whole=True, checkpoint=latest if latest and latest.name == f"step-{step}" else None)
     if rank == 0:
         print(log.summary())
         if answers:
             print(show_answers(answers))
         print(f"saved to {run_dir / 'FINAL'}: AutoModelForCausalLM.from_pretrained({str(run_dir / 'FINAL')!r})")
-    dist.destroy_process_group()
+
+
+def find_start(config: Config, run_dir: Path, data: str, n_examples: int) -> tuple[Path | None, dict]:
+    """Returns the checkpoint to go on from and its state: the run's own, or else model.from_checkpoint's; or (None, zeros).
+
+    All ranks must call it. Raises CheckpointError where it does not belong to this run.
+    """
+    def warn(text: str) -> None:
+        if dist.get_rank() == 0:
+            print(text, file=sys.stderr)
+
+    given, own = config.model.from_checkpoint, list_checkpoints(run_dir)
+    if given and own and Path(given).resolve().is_relative_to(run_dir.resolve()):
+        raise CheckpointError(f"model.from_checkpoint={given} is this run's own, which goes on from its last one by itself; "
+                              "to go back to an earlier one delete those after it")
+    candidates = own or (list_checkpoints(Path(given)) if given else [])
+    found = find_checkpoint(candidates, warn)
+    if not found:
+        if given or own:
+            raise CheckpointError(f"{run_dir if own else given}: there is no whole checkpoint" +
+                                  ("; delete the folder to begin anew" if own else ""))
+        return None, dict.fromkeys(STATE, 0)
+    folder, state = found
+    different = changes(state["config"], config)
+    if state["data"] != data:
+        different.append("the rows: other files, or tokenised by another tokenizer or version")
+    if different and not config.allow_changes:
+        raise CheckpointError(f"{folder}: this run began differently: {'; '.join(different)}. Go back to that, choose another "
+                              "exp_name, or set allow_changes=true")
+    if state["counter"] > n_examples:
+        raise CheckpointError(f"{folder}: {state['counter']} examples are trained already, more than the {n_examples} asked for")
+    return folder, state
+
+
+def is_final(folder: Path, counter: int) -> bool:
+    try:
+        return json.loads((folder / "metrics.json").read_text())["counter"] == counter
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Yields a list to which SIGTERM and SIGINT are added, instead of ending the process."""
+    caught, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def export_model(folder: Path, model, tokenizer, texts: dict[str, dict], adapter: bool, whole: bool,
+                 checkpoint: Path | None) -> None:
+    """Writes a folder for transformers and PEFT: the adapter, if there is one, the whole model, if asked, the tokenizer, texts
+    as JSON, and a checkpoint. All ranks must call it; raises CheckpointError on all."""
+    partial = folder.with_name(f"{folder.name}.partial")
+
+    def finish() -> None:
+        tokenizer.save_pretrained(partial)
+        for file, content in texts.items():
+            (partial / file).write_text(json.dumps(content, indent=2))
+        if checkpoint:
+            shutil.copytree(checkpoint, partial / "checkpoint", copy_function=link_or_copy)
+        replace(folder, partial)
+
+    try:
+        on_first_rank(lambda: make_anew(partial))
+        if adapter:
+            write_gathered(model, lambda parts: save_adapter(partial / "adapter", model, next(parts)), trained_only=True)
+        if whole:
+            write_gathered(model, lambda parts: save_model(partial, model, (merge_lora(model, part) for part in parts)), 5e9)
+        on_first_rank(finish)
+    except CheckpointError as error:
+        on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise CheckpointError(f"{folder}: can't be written: {error}") from error
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # takes no room, and lasts when the source is deleted
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def make_model(config: Config, tokenizer, stop_id: int, device: torch.device):
-    """Returns the model to train, before it is sharded: loaded or new, with adapters where they are what is trained."""
+    """Returns the model to train, before it is sharded and filled, with adapters where they are what is trained."""
     wanted, peft = config.model, config.model.peft
     # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
     half = wanted.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    folder = wanted.load_from if wanted.use_peft else wanted.from_checkpoint or wanted.load_from
-    model = load_model(folder or wanted.name_or_path, None if folder else wanted.random_init, tokenizer, stop_id,
-                       config.cache_dir, torch.bfloat16 if half else torch.float32, fuse=wanted.compile)
+    model = load_model(wanted.load_from or wanted.name_or_path, None if wanted.load_from else wanted.random_init, tokenizer,
+                       stop_id, config.cache_dir, torch.bfloat16 if half else torch.float32, wanted.compile, sliced=True)
     if wanted.use_peft:
-        adapter = f"{wanted.from_checkpoint}/adapter" if wanted.from_checkpoint else wanted.load_lora_from
-        if adapter:
-            load_adapter(adapter, model, peft.lora_dropout, model.has_new_tokens)
+        if wanted.load_lora_from:
+            load_adapter(wanted.load_lora_from, model, peft.lora_dropout, model.has_new_tokens)
         else:
             add_lora(model, peft.lora_r, peft.lora_alpha, peft.lora_dropout, peft.target_modules, peft.use_rslora,
                      model.has_new_tokens)
@@ -273,19 +410,21 @@ def eval_metrics(model: nn.Module, loader: SFTDataLoader, device: torch.device) 
 
 
 class Log:
-    """metrics.jsonl, the progress bar and W&B, written by rank 0.
+    """metrics.jsonl, the progress bar and W&B, written by rank 0."""
 
-    A step's numbers are read one step late: reading them at once would make the host wait for the device in every step.
-    """
-
-    def __init__(self, config: Config, run_dir: Path, n_steps: int, counter: int, rank: int, device: torch.device,
-                 flops: tuple[float, float, float]):
-        self.rank, self.device, self.pending, self.last, self.records = rank, device, None, {"counter": counter}, []
+    def __init__(self, config: Config, run_dir: Path, start: Path | None, step: int, n_steps: int, rank: int,
+                 device: torch.device, flops: tuple[float, float, float]):
+        self.rank, self.device, self.records, self.last = rank, device, [], {}
         self.flops, self.peak_flops = flops, peak_flops(device)
         self.clock = self.started = time.perf_counter()
         if rank == 0:
-            self.file = open(run_dir / "metrics.jsonl", "a" if counter else "w")
-            self.bar = tqdm(total=n_steps, initial=counter // config.model.batch_size, unit="step", desc="training")
+            lines = (start / "metrics.jsonl").read_text() if start else ""  # what came after it is trained and logged again
+            (run_dir / "metrics.jsonl").write_text(lines)
+            for line in lines.splitlines():
+                self.records.append(json.loads(line))
+                self.last |= self.records[-1]
+            self.file = open(run_dir / "metrics.jsonl", "a")
+            self.bar = tqdm(total=n_steps, initial=step, unit="step", desc="training")
             self.wandb = None
             if config.wandb.enabled:
                 import wandb
@@ -293,26 +432,17 @@ class Log:
                                         config=dataclasses.asdict(config))
 
     def add_step(self, record: dict, batch: dict) -> None:
-        """record: numbers, 0-d tensors and [sum, count] tensors. batch: the step's last, for the counts of the whole step."""
-        self.flush()
+        """batch: the step's last, for the counts of the whole step."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        self.pending = record | {"target_fraction": batch["global_target_count"] / batch["global_token_count"],
-                                 "tokens_per_second": batch["global_token_count"] / seconds,
-                                 "examples_per_second": batch["n_examples"] / seconds}
+        record |= {"target_fraction": batch["global_target_count"] / batch["global_token_count"],
+                   "tokens_per_second": batch["global_token_count"] / seconds,
+                   "examples_per_second": batch["n_examples"] / seconds,
+                   "peak_memory_gb": peak_memory(self.device) / 1e9}
         if self.peak_flops:
             counts = batch["global_token_count"], batch["global_target_count"], batch["global_squared_lengths"]
             needed = sum(count * flops for count, flops in zip(counts, self.flops))
-            self.pending["mfu"] = needed / seconds / (dist.get_world_size() * self.peak_flops)
-
-    def flush(self) -> None:
-        record, self.pending = self.pending, None
-        if record is None:
-            return
-        for key, value in record.items():
-            if torch.is_tensor(value):
-                record[key] = (value[0] / value[1] if value.ndim else value).item()
-        record["peak_memory_gb"] = peak_memory(self.device) / 1e9
+            record["mfu"] = needed / seconds / (dist.get_world_size() * self.peak_flops)
         self.write(record)
         if self.rank == 0:
             speed = f"{record['tokens_per_second']:,.0f} tokens/s"
@@ -321,14 +451,20 @@ class Log:
 
     def add(self, record: dict) -> None:
         """Writes an evaluation, whose time is not counted to the step's."""
-        self.flush()
         self.write(record)
-        if self.rank == 0:
-            self.bar.write(f"step {record['step']}: held-out loss {record['loss/eval']:.4f}")
+        self.say(f"step {record['step']}: held-out loss {record['loss/eval']:.4f}")
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
         self.clock = time.perf_counter()
 
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            self.bar.write(text)
+
     def write(self, record: dict) -> None:
-        self.last = self.last | record
+        record = {key: value if math.isfinite(value) else None for key, value in record.items()}  # JSON has no other number
+        self.last |= record
         self.records.append(record)
         if self.rank == 0:
             print(json.dumps(record), file=self.file, flush=True)
@@ -336,7 +472,6 @@ class Log:
                 self.wandb.log(record, step=record["counter"])
 
     def close(self) -> None:
-        self.flush()
         if self.rank == 0:
             self.bar.close()
             self.file.close()
@@ -344,9 +479,9 @@ class Log:
                 self.wandb.finish()
 
     def summary(self) -> str:
-        steps = [record for record in self.records if "loss/train" in record]
+        steps = [record for record in self.records if record.get("loss/train") is not None]
         evals = [record["loss/eval"] for record in self.records if "loss/eval" in record]
-        lines = [f"{len(steps)} steps in {time.perf_counter() - self.started:.0f} s, "
+        lines = [f"{self.last['step']} steps, {time.perf_counter() - self.started:.0f} s since the start, "
                  f"peak memory {self.last.get('peak_memory_gb', 0):.1f} GB"]
         if steps:
             lines += [f"loss/train {steps[0]['loss/train']:.4f} → {steps[-1]['loss/train']:.4f}",
@@ -446,7 +581,13 @@ def is_right(result: dict) -> bool:
 if __name__ == "__main__":
     try:
         main(config)
-    except (DataError, ModelError, ShardingError) as error:
+    except (DataError, ModelError, ShardingError, CheckpointError, TrainingError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(60)  # the first rank of this machine finds the same error and says so; torchrun then ends this one
         sys.exit(f"sft.py: {error}")
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        sys.exit(f"sft.py: rank {os.environ.get('RANK', 0)}: another rank has ended, or has not answered for "
+                 f"{config.timeout_minutes} minutes: {' '.join(str(error).split())[:200]}")
+    dist.destroy_process_group()

@@ -35,7 +35,7 @@ class ModelConfig:
     tokenizer_name_or_path: str = ""  # where the tokenizer is, if not with the model
     random_init: dict | None = None  # a transformers config, {"model_type": "llama", ...}: random weights, nothing is loaded
     load_from: str = ""  # folder with weights to start from instead of name_or_path's
-    from_checkpoint: str = ""  # folder written by this script to go on from: weights, optimizer, schedule, place in the data
+    from_checkpoint: str = ""  # checkpoint of another run to begin from: weights, optimizer, schedule, place in the data
     batch_size: int = 32  # examples per optimizer step, over all ranks and accumulation steps
     gradient_accumulation_steps: int = 1  # microbatches per rank and optimizer step, at least; more where the next key asks
     microbatch_tokens: int = 8192  # tokens a rank computes with at once, at most (or one row): less memory, more microbatches
@@ -44,6 +44,8 @@ class ModelConfig:
     max_prompt_length: int = 1024  # tokens of prompt kept in a row that is still too long after that
     max_grad_norm: float = 1.0  # the gradient's global norm is clipped to this
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
+    cpu_offload: bool = False  # keep shards, gradients and optimizer in the host's memory: for a model too large for the GPUs
+    replicas: int = 1  # copies of the model, each sharded over as many neighbouring ranks: HSDP, one copy a machine
     compile: bool = False  # compile each block, and the log-prob kernel's elementwise part: for a GPU, a minute at the start
     use_peft: bool = False  # train LoRA adapters, not the weights
     load_lora_from: str = ""  # folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale
@@ -76,7 +78,13 @@ class Config:
     n_eval_examples: int = 256  # held-out examples per evaluation
     n_eval_answers: int = 0  # held-out prompts answered greedily at the first and the last evaluation, scored by exact match
     do_first_eval: bool = True  # evaluate before the first step
-    intermediate_checkpoints: bool = False  # write a checkpoint at each evaluation, not only FINAL
+    intermediate_checkpoints: bool = False  # export the model at each evaluation, as FINAL is (of LoRA, the adapter)
+    save_every: int = 20_000  # examples between checkpoints to resume from; there is always one at the end
+    keep_last: int = 2  # checkpoints kept
+    stop_if_save_fails: bool = True  # stop where a checkpoint can't be written (a full disk), or else warn and go on
+    allow_changes: bool = False  # resume though the configuration or the data changed in a way that alters the run
+    max_skipped_steps: int = 5  # stop after as many steps in a row whose loss or gradient is not finite; they are skipped
+    timeout_minutes: float = 30  # a rank that waits longer than this for another one ends with an error
     wandb: WandbConfig = field(default_factory=WandbConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -104,7 +112,8 @@ def check(config: Config, world_size: int) -> list[str]:
             "model.tokenizer_name_or_path is required where model.random_init describes the model")
     for key in ("lr", "n_epochs", "n_examples", "eval_every", "eps", "model.max_length", "model.max_prompt_length",
                 "model.max_grad_norm", "model.peft.lora_r", "model.batch_size", "model.microbatch_tokens",
-                "model.gradient_accumulation_steps"):
+                "model.gradient_accumulation_steps", "model.replicas", "save_every", "keep_last", "max_skipped_steps",
+                "timeout_minutes"):
         value = get_key(config, key)
         require(value is None or value > 0, f"{key}={value} must be above 0")
     for key in ("weight_decay", "n_eval_examples", "n_eval_answers"):
@@ -117,10 +126,32 @@ def check(config: Config, world_size: int) -> list[str]:
     require(model.batch_size % microbatches == 0,
             f"model.batch_size={model.batch_size} must be divisible by {world_size} ranks x "
             f"{model.gradient_accumulation_steps} accumulation steps = {microbatches}")
+    require(world_size % max(1, model.replicas) == 0,
+            f"model.replicas={model.replicas} must divide the number of ranks, {world_size}")
     require(not (config.eval_datasets and config.eval_fraction), "eval_datasets and eval_fraction exclude each other")
     require(model.use_peft or not model.load_lora_from, "model.load_lora_from needs model.use_peft=true")
     require(model.peft.target_modules, "model.peft.target_modules must name a layer, or be all-linear")
     return errors
+
+
+# What may differ when a run is resumed, since the examples, their order and the loss of each step stay the same.
+HARMLESS = {"exp_name", "datasets", "eval_datasets", "cache_dir", "n_epochs", "n_examples", "eval_every", "n_eval_examples",
+            "n_eval_answers", "do_first_eval", "intermediate_checkpoints", "save_every", "keep_last", "stop_if_save_fails",
+            "allow_changes", "max_skipped_steps", "timeout_minutes", "wandb.enabled", "wandb.project", "model.from_checkpoint",
+            "model.gradient_accumulation_steps", "model.microbatch_tokens", "model.packing", "model.activation_checkpointing",
+            "model.cpu_offload", "model.replicas", "model.compile"}  # the rows of `datasets` are compared themselves
+
+
+def changes(then: dict, now: Config) -> list[str]:
+    """Returns a line for each key whose change alters a run that began with the configuration `then`, as asdict gives it."""
+    lines = []
+    for key, (_, default, _) in keys(Config):
+        old, new = then, get_key(now, key)
+        for name in key.split("."):
+            old = old.get(name, default) if isinstance(old, dict) else default
+        if old != new and key not in HARMLESS:
+            lines.append(f"{key}: {old!r} then, {new!r} now")
+    return lines
 
 
 def load_config(argv: list[str], world_size: int) -> Config:

@@ -1,10 +1,13 @@
 """Sharding, gradients, clipping and checkpoints on 1, 2 and 4 processes, against plain transformers on one row at a time.
 
 Under torchrun this file is also the worker whose results the tests read:
-    torchrun --nproc_per_node=2 tests/test_fsdp_utils.py FOLDER    # writes FOLDER/2-ranks.pt and FOLDER/2-ranks-{tied,untied}/
+    torchrun --nproc_per_node=2 tests/test_fsdp_utils.py FOLDER    # writes FOLDER/2-ranks.pt and FOLDER/2-ranks-…/
 """
 
+import hashlib
 import json
+import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,14 +26,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from configs.base import Config, ModelConfig
 from data import IGNORE, SFTDataLoader, TokenisedRows
 from fsdp_utils import (
+    CheckpointError,
     ShardingError,
     all_reduce_sums,
     clip_gradients,
     find_blocks,
+    find_checkpoint,
     init_processes,
-    load_optimizer,
+    list_checkpoints,
+    load_checkpoint,
+    load_shards,
+    prune_checkpoints,
     save_checkpoint,
     shard_model,
+    write_gathered,
 )
 from model_utils import enable_packing, load_tokenizer, save_model
 from sft import get_batch_metrics, make_model, make_optimizer
@@ -42,6 +51,7 @@ CASES = {f"{name}, {cut}": {"packing": name == "packed", **options} for name in 
          for cut, options in {"whole": {}, "accumulated": {"accumulation": 4}, "few tokens": {"microbatch_tokens": 70}}.items()}
 CASES |= {"packed, recomputed": {"activation_checkpointing": True, "microbatch_tokens": 70},
           "padded, recomputed": {"activation_checkpointing": True, "packing": False},
+          "packed, replicated": {"replicas": 2, "microbatch_tokens": 70}, "packed, offloaded": {"cpu_offload": True},
           "packed, tied": {"kind": "tied"}, "padded, tied": {"kind": "tied", "packing": False}}
 worlds, cases = pytest.mark.parametrize("world", WORLD_SIZES), pytest.mark.parametrize("case", CASES)
 kinds = pytest.mark.parametrize("kind", ["untied", "tied"])
@@ -102,7 +112,7 @@ def work(folder: Path) -> None:
 
 
 def start(folder: Path, kind: str = "untied", packing: bool = True, activation_checkpointing: bool = False,
-          resume: bool = False, **_):
+          resume: Path | None = None, replicas: int = 1, cpu_offload: bool = False, **_):
     """Returns (the sharded model, its optimizer, a counter of how often each block is computed)."""
     config = Config(model=ModelConfig(name_or_path=str(folder / kind), activation_checkpointing=activation_checkpointing))
     device = torch.device("cpu")
@@ -110,10 +120,11 @@ def start(folder: Path, kind: str = "untied", packing: bool = True, activation_c
     calls = Counter()
     for i, block in enumerate(find_blocks(model)):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # recomputing stops before its end
-    shard_model(model, device, "target_logps")
+    shard_model(model, device, "target_logps", cpu_offload=cpu_offload, replicas=min(replicas, dist.get_world_size()))
+    load_shards(model, model.weight_files)
     optimizer = make_optimizer(model, Config(lr=1e-2))
     if resume:
-        load_optimizer(str(folder / kind), model, optimizer)
+        load_checkpoint(resume, model, optimizer)
     assert not packing or enable_packing(model, device) == ""
     return model.train(), optimizer, calls
 
@@ -167,21 +178,20 @@ def save_and_load(folder: Path, kind: str, rows, rank: int, world_size: int) -> 
     optimizer.step()
     saved = facts(model, optimizer)
 
-    target = folder / f"{world_size}-ranks-{kind}"
+    target = folder / f"{world_size}-ranks-{kind}" / "checkpoints" / "step-1"
+    note = folder / f"{world_size}-ranks-{kind}.json"
     if rank == 0:
+        note.write_text('"written by the caller"')
         for old in (target, target.with_name(f"{target.name}.partial")):
-            old.mkdir()
+            old.mkdir(parents=True)
             (old / "stray").write_text("of an earlier run")
+    dist.barrier()
+    save_checkpoint(target, model, optimizer, {"counter": 16}, note)
+    assert (target / "checkpoint.json").exists()  # on every rank, once it returns
+    whole = folder / f"{world_size}-ranks-{kind}-whole"
+    write_gathered(model, lambda parts: save_model(whole, model, parts), limit=1000 if kind == "tied" else math.inf)
 
-    def write(to: Path, weights: dict) -> None:
-        assert rank == 0 and not target.joinpath("config.json").exists()  # nothing is there before all of it is
-        save_model(to, model, weights)
-        (to / "note.json").write_text(json.dumps("written by the caller"))
-
-    save_checkpoint(target, model, optimizer, write, frozen=True)
-    assert (target / "optimizer.pt").exists()  # on every rank, once it returns
-
-    model, optimizer, _ = start(folder, f"2-ranks-{kind}", packing=False, resume=True)
+    model, optimizer, _ = start(folder, kind, packing=False, resume=folder / f"2-ranks-{kind}/checkpoints/step-1")
     return saved, facts(model, optimizer)
 
 
@@ -335,39 +345,56 @@ def test_a_model_without_a_list_of_blocks_is_an_error_that_names_it(model):
 
 @worlds
 @kinds
-def test_saved_weights_are_the_trained_ones_bit_for_bit(folder, results, world, kind):
+def test_exported_weights_are_the_trained_ones_bit_for_bit(folder, results, world, kind):
     trained, start = results[world][f"saved, {kind}"], AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.float32)
-    model, info = AutoModelForCausalLM.from_pretrained(folder / f"{world}-ranks-{kind}", output_loading_info=True)
+    exported = folder / f"{world}-ranks-{kind}-whole"
+    model, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
     assert not any(info.values()), info  # no key is missing, left over, or of another shape
     parameters = dict(model.named_parameters())
     assert parameters.keys() == trained.keys()
     for name, parameter in parameters.items():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, trained[name]["value"]), name
         assert not torch.equal(parameter, start.get_parameter(name)), name  # a step was made
-    with safe_open(folder / f"{world}-ranks-{kind}/model.safetensors", "pt") as file:
-        assert set(file.keys()) == trained.keys()  # tied weights are written once
+    files = sorted(exported.glob("*.safetensors"))
+    names = [name for file in files for name in safe_open(file, "pt").keys()]
+    assert sorted(names) == sorted(trained)  # tied weights are written once
+    if kind == "tied":  # by blocks, as they are larger than the limit
+        blocks = [{name.partition(".layers.")[2][:1] for name in safe_open(file, "pt").keys()} for file in files]
+        assert blocks == [{""}, {"0"}, {"1"}, {""}]
+        assert [file.name for file in files] == [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    else:
+        assert [file.name for file in files] == ["model.safetensors"]
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind == "tied")
 
 
 @worlds
 @kinds
 def test_a_checkpoint_replaces_what_was_there(folder, results, world, kind):
-    saved = folder / f"{world}-ranks-{kind}"
-    assert sorted(path.name for path in saved.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "note.json", "optimizer.pt"]
-    assert not saved.with_name(f"{saved.name}.partial").exists()
+    saved = folder / f"{world}-ranks-{kind}/checkpoints/step-1"
+    names = [f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in range(1, world + 1)]
+    assert sorted(path.name for path in saved.iterdir()) == sorted([f"{world}-ranks-{kind}.json", "checkpoint.json", *names])
+    assert [path.name for path in saved.parent.iterdir()] == ["step-1"]
+    manifest = json.loads((saved / "checkpoint.json").read_text())
+    assert manifest["counter"] == 16 and manifest["world_size"] == world
+    for name, (size, digest) in manifest["files"].items():
+        assert (size, digest) == ((saved / name).stat().st_size, hashlib.sha256((saved / name).read_bytes()).hexdigest())
+    assert manifest["files"].keys() == {path.name for path in saved.iterdir()} - {"checkpoint.json"}
 
 
 @worlds
 @kinds
-def test_the_optimizer_s_file_is_whole(folder, results, world, kind):
-    state = torch.load(folder / f"{world}-ranks-{kind}/optimizer.pt", weights_only=True)["state"]
+def test_a_checkpoint_holds_each_number_once(folder, results, world, kind):
+    """No rank writes what another one writes too."""
     trained = results[world][f"saved, {kind}"]
-    assert state.keys() == trained.keys()
-    for name, entry in trained.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert type(state[name][key]) is torch.Tensor and torch.equal(state[name][key], entry[key]), (name, key)
-        assert state[name]["step"] == entry["step"] == 1
+    sizes = Counter()
+    for file in (folder / f"{world}-ranks-{kind}/checkpoints/step-1").glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                sizes[name] += math.prod(tensors.get_slice(name).get_shape())
+    expected = {name: entry["value"].numel() for name, entry in trained.items()}
+    expected |= {f"state.{name}.{key}": n for name, n in expected.items() for key in ("exp_avg", "exp_avg_sq")} | {
+        f"state.{name}.step": 1 for name in expected}
+    assert sizes == expected
 
 
 @worlds
@@ -379,6 +406,69 @@ def test_any_number_of_ranks_goes_on_from_a_checkpoint_of_two(results, world, ki
         for key in ("value", "exp_avg", "exp_avg_sq"):
             assert torch.equal(loaded[name][key], entry[key]), (name, key)
         assert loaded[name]["step"] == 1 and loaded[name]["sharded"] and loaded[name]["dtypes"]
+
+
+@pytest.fixture
+def saved(folder, results, tmp_path):
+    """A copy of a checkpoint of two ranks, as the last but one of two."""
+    for step in (8, 10):
+        shutil.copytree(folder / "2-ranks-untied/checkpoints/step-1", tmp_path / f"checkpoints/step-{step}")
+    with process_of_one():
+        init_processes()
+        yield tmp_path
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+FILES = ["checkpoint.json", "2-ranks-untied.json", *(f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))]
+DAMAGES = {"a bit": lambda file: flip(file, file.stat().st_size // 2), "the last bit": lambda file: flip(file, -2),
+           "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]), "longer": lambda file: file.open("a").write("0"),
+           "empty": lambda file: file.write_bytes(b""), "gone": lambda file: file.unlink(),
+           "a folder": lambda file: (file.unlink(), file.mkdir())}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, file, damage):
+    DAMAGES[damage](saved / "checkpoints/step-10" / file)
+    warnings = []
+    found, state = find_checkpoint(list_checkpoints(saved), warnings.append)
+    assert found == saved / "checkpoints/step-8" and state["counter"] == 16
+    (warning,) = warnings
+    assert str(saved / "checkpoints/step-10") in warning and file in warning
+
+
+def test_of_whole_checkpoints_the_one_with_the_most_steps_is_found(saved):
+    for name in ("step-12.partial", "step-12.old"):
+        shutil.copytree(saved / "checkpoints/step-10", saved / "checkpoints" / name)
+    found, _ = find_checkpoint(list_checkpoints(saved), pytest.fail)
+    assert found.name == "step-10"
+    shutil.copytree(saved / "checkpoints/step-10", saved / "FINAL/checkpoint")
+    shutil.rmtree(saved / "checkpoints")
+    assert find_checkpoint(list_checkpoints(saved), pytest.fail)[0] == saved / "FINAL/checkpoint"
+    assert find_checkpoint(list_checkpoints(saved / "FINAL"), pytest.fail)[0] == saved / "FINAL/checkpoint"
+    assert find_checkpoint(list_checkpoints(saved / "FINAL/checkpoint"), pytest.fail)[0] == saved / "FINAL/checkpoint"
+    (saved / "FINAL/checkpoint/checkpoint.json").unlink()
+    assert list_checkpoints(saved) == [] and find_checkpoint([], pytest.fail) is None
+
+
+@pytest.mark.parametrize("keep_last, kept", [(1, {"step-8"}), (2, {"step-8", "step-10"}), (3, {"step-8", "step-9", "step-10"})])
+def test_pruning_keeps_the_newest_whatever_it_is_called(saved, keep_last, kept):
+    shutil.copytree(saved / "checkpoints/step-8", saved / "checkpoints/step-9")
+    shutil.copytree(saved / "checkpoints/step-8", saved / "checkpoints/step-11.partial")
+    (saved / "checkpoints/step-11.partial/checkpoint.json").unlink()
+    prune_checkpoints(saved / "checkpoints/step-8", keep_last)
+    assert {path.name for path in (saved / "checkpoints").iterdir()} == kept
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved, folder):
+    model, optimizer, _ = start(folder, "tied")
+    with pytest.raises(CheckpointError, match="step-8: does not fit the model"):
+        load_checkpoint(saved / "checkpoints/step-8", model, optimizer)
 
 
 if __name__ == "__main__":

@@ -346,12 +346,12 @@ from configs.base import Config, ModelConfig
 
 config = Config(datasets=["train.jsonl"], eval_datasets=["eval.jsonl"], cache_dir="runs", n_examples={N_EXAMPLES}, lr={PEAK},
                 warmup=0.3, weight_decay={DECAY}, beta1={BETAS[0]}, beta2={BETAS[1]}, eps={EPS}, seed=7, eval_every=20,
-                n_eval_examples={N_EVALUATED}, intermediate_checkpoints=True,
+                n_eval_examples={N_EVALUATED}, intermediate_checkpoints=True, save_every=20, keep_last=3,
                 model=ModelConfig(name_or_path="untied", batch_size=8, gradient_accumulation_steps=2, max_length=96,
                                   max_prompt_length=48, max_grad_norm={MAX_NORM}))
 """
 STRAIGHT = ["--config", "config.py", "exp_name=straight"]
-RESUMED = ["--config", "config.py", "++model.from_checkpoint=runs/straight/step-3"]
+RESUMED = ["--config", "config.py", "++model.from_checkpoint=runs/straight/checkpoints/step-3"]
 TIED = ["--config", "config.py", "exp_name=tied", "n_examples=16", "model.name_or_path=tied", "model.packing=false",
         "model.activation_checkpointing=true", "warmup=0"]
 
@@ -391,20 +391,30 @@ def straight(folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def more(folder, straight) -> Path:
-    """The other runs on 2 ranks."""
-    run_well(SFT, *RESUMED, "exp_name=resumed-2", n_processes=2, cwd=folder)
-    run_well(SFT, *TIED, n_processes=2, cwd=folder)
-    return folder / "runs"
-
-
-@pytest.fixture(scope="module")
 def alone(folder, straight) -> Path:
     """The second half of the straight run on one rank, in this process."""
     with pytest.MonkeyPatch.context() as patch, process_of_one():
         patch.chdir(folder)
         main(load_config([*RESUMED, "exp_name=resumed-1"], 1))
     return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def more(folder, alone) -> Path:
+    """The other runs."""
+    run_well(SFT, *RESUMED, "exp_name=resumed-2", n_processes=2, cwd=folder)
+    run_well(SFT, *RESUMED, "exp_name=resumed-4", "model.gradient_accumulation_steps=1", n_processes=4, cwd=folder)
+    run_well(SFT, "--config", "config.py", "model.from_checkpoint=runs/resumed-1/checkpoints/step-5", "exp_name=resumed-1-2",
+             n_processes=2, cwd=folder)
+    run_well(SFT, *TIED, n_processes=2, cwd=folder)
+    return folder / "runs"
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint, each rank's shards put together."""
+    shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    names = {name: [shard[name] for shard in shards if name in shard] for shard in shards for name in shard}
+    return {name: torch.cat(parts) if parts[0].ndim else parts[0] for name, parts in names.items()}
 
 
 def records(run: Path) -> tuple[list[dict], list[dict]]:
@@ -493,15 +503,14 @@ def test_the_final_weights_are_those_of_a_plain_loop(folder, straight, reference
 
 
 def test_the_final_adam_state_is_that_of_a_plain_loop(straight, reference):
-    state = torch.load(straight / "FINAL/optimizer.pt", weights_only=True)["state"]
-    parameters = dict(reference.model.named_parameters())
-    assert state.keys() == parameters.keys()
-    for name, parameter in parameters.items():
-        own, its = state[name], reference.optimizer.state[parameter]
-        assert own["step"] == its["step"] == N_STEPS
+    state = read_checkpoint(straight / "FINAL/checkpoint")
+    for name, parameter in reference.model.named_parameters():
+        its = reference.optimizer.state[parameter]
+        assert state[f"state.{name}.step"] == its["step"] == N_STEPS
         for key in ("exp_avg", "exp_avg_sq"):
-            assert own[key].dtype == torch.float32
-            assert (own[key] - its[key]).norm() < 1e-5 * its[key].norm(), (name, key)
+            own = state[f"state.{name}.{key}"]
+            assert own.dtype == torch.float32
+            assert (own - its[key]).norm() < 1e-5 * its[key].norm(), (name, key)
 
 
 @one_thread()
@@ -552,9 +561,12 @@ def test_final_holds_all_that_later_runs_need(folder, more, name, argv, monkeypa
     assert scheduler == {"step": n_steps, "total_steps": n_steps, "warmup": warmup, "lr": PEAK}
     monkeypatch.chdir(folder)
     assert config == dataclasses.asdict(load_config(argv, 2))
-    optimizer = torch.load(final / "optimizer.pt", weights_only=True)
-    shapes = {name: parameter.shape for name, parameter in AutoModelForCausalLM.from_pretrained(final).named_parameters()}
-    assert {name: state["exp_avg"].shape for name, state in optimizer["state"].items()} == shapes
+    state = read_checkpoint(final / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert {name: tensor.shape for name, tensor in state.items() if not name.startswith("state.")} == {
+        name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(state[name], parameter.float()) and state[f"state.{name}.exp_avg"].shape == parameter.shape
 
 
 def test_final_s_tokenizer_has_the_chat_template_and_generation_stops_at_its_terminator(folder, straight):
@@ -567,30 +579,31 @@ def test_final_s_tokenizer_has_the_chat_template_and_generation_stops_at_its_ter
     assert stop in ids and stop in AutoModelForCausalLM.from_pretrained(straight / "FINAL").generation_config.eos_token_id
 
 
-@pytest.mark.parametrize("name", ["resumed-2", "resumed-1"])
-def test_a_resumed_run_logs_what_the_straight_one_does(more, alone, straight, name):
-    whole, rest = [step for step in records(straight)[0] if step["step"] > 3], records(more / name)[0]
+@pytest.mark.parametrize("name", ["resumed-2", "resumed-1", "resumed-4", "resumed-1-2"])
+def test_a_resumed_run_logs_what_the_straight_one_does(more, straight, name):
+    (whole, evals), (own_steps, own_evals) = records(straight), records(more / name)
     exact = name == "resumed-2"
-    assert [step["step"] for step in rest] == [4, 5, 6]
+    assert [step["step"] for step in own_steps] == [1, 2, 3, 4, 5, 6]
     for key in ("counter", "lr", "loss/train", "logps/train", "grad_norm", "target_fraction"):
-        own, its = [step[key] for step in rest], [step[key] for step in whole]
+        own, its = [step[key] for step in own_steps], [step[key] for step in whole]
         assert own == its if exact else own == pytest.approx(its, rel=1e-5), key
-    own, its = ([record["loss/eval"] for record in records(run)[1]] for run in (more / name, straight))
-    assert own == its[1:] if exact else own == pytest.approx(its[1:], rel=1e-6)
+    assert [record["step"] for record in own_evals] == [0, 3, 5, 6]
+    own, its = ([record["loss/eval"] for record in part] for part in (own_evals, evals))
+    assert own == its if exact else own == pytest.approx(its, rel=1e-6)
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_the_straight_one_does(more, straight):
-    own, its = (load_file(run / "FINAL/model.safetensors") for run in (more / "resumed-2", straight))
-    assert own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in its)
-    own, its = (torch.load(run / "FINAL/optimizer.pt", weights_only=True) for run in (more / "resumed-2", straight))
-    assert same(own, its)
+    for read in (lambda run: load_file(run / "FINAL/model.safetensors"), lambda run: read_checkpoint(run / "checkpoints/step-6")):
+        own, its = read(more / "resumed-2"), read(straight)
+        assert own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in its)
     half = load_file(straight / "step-3/model.safetensors")
     assert not torch.equal(half["lm_head.weight"], load_file(straight / "FINAL/model.safetensors")["lm_head.weight"])
 
 
-def test_a_run_resumed_on_fewer_ranks_ends_close_by(alone, straight):
+@pytest.mark.parametrize("name", ["resumed-1", "resumed-4", "resumed-1-2"])
+def test_a_run_resumed_on_another_number_of_ranks_ends_close_by(more, straight, name):
     own, its, half = (load_file(path / "model.safetensors") for path in
-                      (alone / "resumed-1/FINAL", straight / "FINAL", straight / "step-3"))
+                      (more / name / "FINAL", straight / "FINAL", straight / "step-3"))
     assert own.keys() == its.keys()
     for name in its:
         moved = (its[name] - half[name]).norm()
@@ -617,7 +630,7 @@ BROKEN = {  # name → (overrides, what the line must say)
     "no weights": (["model.name_or_path=no-weights"], "sft.py: no-weights: no causal language model can be loaded: "),
     "only a pickle": (["model.name_or_path=only-a-pickle"], "sft.py: only-a-pickle: no causal language model can be loaded: "),
     "no tokenizer": (["model.name_or_path=no-tokenizer"], "sft.py: no-tokenizer: no tokenizer can be loaded: "),
-    "no checkpoint": (["model.from_checkpoint=untied"], "sft.py: untied"),  # a model, but without an optimizer's state
+    "no checkpoint": (["model.from_checkpoint=untied"], "sft.py: untied: there is no whole checkpoint"),
 }
 
 
@@ -625,8 +638,8 @@ BROKEN = {  # name → (overrides, what the line must say)
 def failed(folder) -> dict:
     make_broken(folder)
     with ThreadPoolExecutor(2) as threads:
-        return dict(zip(BROKEN, threads.map(lambda broken: run_script(
-            SFT, "--config", "config.py", "exp_name=broken", *broken[0], cwd=folder, timeout=60), BROKEN.values())))
+        return dict(zip(BROKEN, threads.map(lambda name: run_script(
+            SFT, "--config", "config.py", f"exp_name={name}", *BROKEN[name][0], cwd=folder, timeout=60), BROKEN)))
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -1,0 +1,91 @@
+"""Peak host memory of each process while a model is loaded and while FINAL is written.
+
+    python benchmarks/memory.py --model SMOLLM2_FOLDER --processes 2
+
+The goal is 1.3 x (model bytes / processes) + 0.5 GB a process, the libraries' own memory included. What counts is anonymous
+memory, which the process holds: file pages that are mapped while weights are read (shown apart) can be dropped at any time.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from common import describe_machine, print_table, resident
+
+from configs.base import Config, ModelConfig
+from fsdp_utils import init_processes, load_shards, shard_model, write_gathered
+from model_utils import load_model, load_tokenizer, save_model
+from sft import make_model
+
+
+class Peak:
+    """The most memory seen in a block of code, which it samples every millisecond."""
+
+    def __enter__(self):
+        self.anonymous = self.mapped = 0
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.over.wait(0.001):
+            self.anonymous = max(self.anonymous, resident("RssAnon"))
+            self.mapped = max(self.mapped, resident("RssFile"))
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+
+def work(args) -> None:
+    rank, world_size, device = init_processes()
+    tokenizer = load_tokenizer(args.model, ".cache")
+    with Peak() as loading:
+        if args.whole:
+            model = load_model(args.model, None, tokenizer, None, ".cache")
+        else:
+            model = make_model(Config(model=ModelConfig(name_or_path=args.model)), tokenizer, None, device)
+        shard_model(model, device, "target_logps")
+        load_shards(model, model.weight_files)
+    with tempfile.TemporaryDirectory() as folder, Peak() as writing:
+        write_gathered(model, lambda parts: save_model(Path(folder), model, parts), args.part_bytes)
+    facts = [loading.anonymous, loading.mapped, writing.anonymous, sum(p.numel() for p in model.parameters()) * 4]
+    everyone = [None] * world_size
+    dist.all_gather_object(everyone, facts)
+    if rank == 0:
+        print(json.dumps(everyone))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--part-bytes", type=float, default=100e6, help="FINAL is gathered and written in parts of this size")
+    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        return work(args)
+    print(describe_machine("cpu", torch.float32))
+    table = []
+    for way in ([], ["--whole"]):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+        done = subprocess.run([*torchrun, *sys.argv, "--work", *way], stdout=subprocess.PIPE, text=True, check=True)
+        for rank, (loading, mapped, writing, size) in enumerate(json.loads(done.stdout.splitlines()[-1])):
+            goal = 1.3 * size / args.processes + 0.5e9
+            name = "whole model in each process" if way else "each its slices"
+            table.append([f"{name}, rank {rank}", *(f"{number / 1e9:.2f}" for number in (loading, mapped, writing, goal))])
+    print(f"{args.model}: {size / 1e9:.2f} GB of weights in fp32, {args.processes} processes")
+    print_table(["GB", "loading", "file pages mapped", "writing FINAL", "goal"], table)
+
+
+if __name__ == "__main__":
+    main()
