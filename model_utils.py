@@ -615,5 +615,5 @@ def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float 
 
 def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
     """Rows a chunk: enough for the matmuls to run at full speed, few enough for the logits to be small beside the model."""
-    budget = 512 << 20 if hidden.is_cuda else 64 << 20  # bytes of fp32 logits
+    budget = 512 << 20 if hidden.is_cuda else 80 << 20  # bytes of fp32 logits
     return max(256, budget // (4 * vocabulary) // 128 * 128)

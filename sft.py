@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -34,10 +35,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from tokenizers import AddedToken
 from torch import nn
 from tqdm import tqdm
 
-from data import IGNORE, ChatEncoder, DataError, SFTDataLoader, TokenisedRows, split_rows, to_messages, tokenise
+from data import IGNORE, ChatEncoder, DataError, SFTDataLoader, TokenisedRows, list_files, split_rows, to_messages, tokenise
 from fsdp_utils import (
     CheckpointError,
     ShardingError,
@@ -57,6 +59,7 @@ from fsdp_utils import (
     shard_model,
     write_gathered,
 )
+from hub import CONTROL_TOKENS, SOURCES, HubError, fetch, mix, parse_weight
 from model_utils import (
     ModelError,
     add_lora,
@@ -143,14 +146,23 @@ def main(config: Config) -> None:
     if os.environ.get("RANK", "0") == "0":
         locked = lock(run_dir)  # noqa: F841 (it is held for as long as there is this variable)
     tokenizer = load_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config.cache_dir)
+    if config.conditional:  # a token each, but not special ones, of which a text must not hold any
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in CONTROL_TOKENS])
     encoder = ChatEncoder(tokenizer, config.model.max_length, config.model.max_prompt_length)
-    # Before the processes join: a large data set may take longer to tokenise than a collective may take.
-    rows = tokenise(config.datasets, encoder, config.cache_dir)
+    # Before the processes join: a large data set may take longer to fetch and tokenise than a collective may take.
+    entries = [parse_weight(entry) for entry in config.datasets]
+    paths = [fetch(name, "train", config.cache_dir, config.conditional) for name, _ in entries]
+    rows = tokenise(paths, encoder, config.cache_dir)
     train_ids, eval_ids = split_rows(len(rows), config.eval_fraction, config.seed)
+    weights = np.repeat([weight for _, weight in entries], [len(list_files([path])) for path in paths])
+    train_ids = mix(train_ids, weights, rows.file_of, config.seed)  # after the split: no held-out row is trained on
     eval_rows = rows
-    if config.eval_datasets:
-        eval_rows = tokenise(config.eval_datasets, encoder, config.cache_dir)
+    named = [name for name, _ in entries if name in SOURCES and "test" in SOURCES[name].splits]
+    if eval_entries := config.eval_datasets or ([] if config.eval_fraction else named):
+        paths = [fetch(name, "test", config.cache_dir, config.conditional) for name in eval_entries]
+        eval_rows = tokenise(paths, encoder, config.cache_dir)
         eval_ids = np.arange(len(eval_rows))
+    data = " ".join([rows.identity, *(f"*{weight:g}" for weight in weights)])  # what a resumed run must find again
     n_held_out, eval_ids = len(eval_ids), eval_ids[:config.n_eval_examples]
     n_examples = config.n_examples or config.n_epochs * len(train_ids)
 
@@ -158,7 +170,7 @@ def main(config: Config) -> None:
     if rank:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-    start, state = find_start(config, run_dir, rows.identity, n_examples)
+    start, state = find_start(config, run_dir, data, n_examples)
     step, counter, skipped, skipped_in_a_row = (state[key] for key in STATE)
     if start and counter == n_examples and is_final(run_dir / "FINAL", counter):
         return print(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew") if rank == 0 else None
@@ -218,7 +230,7 @@ def main(config: Config) -> None:
         folder = run_dir / "checkpoints" / f"step-{step}"
         state = dict(zip(STATE, (step, counter, skipped, skipped_in_a_row)))
         try:
-            save_checkpoint(folder, model, optimizer, {**state, "config": dataclasses.asdict(config), "data": rows.identity},
+            save_checkpoint(folder, model, optimizer, {**state, "config": dataclasses.asdict(config), "data": data},
                             run_dir / "metrics.jsonl")
         except CheckpointError as error:
             if config.stop_if_save_fails:
@@ -278,7 +290,6 @@ def main(config: Config) -> None:
                 return log.say(f"stopped by a signal after step {step}; the same command goes on from {latest}")
             evaluate_if_due()
         evaluate("after")
-        log.close()
         export("FINAL", whole=True, checkpoint=latest if latest and latest.name == f"step-{step}" else None)
     if rank == 0:
         print(log.summary())
@@ -310,7 +321,7 @@ def find_start(config: Config, run_dir: Path, data: str, n_examples: int) -> tup
     folder, state = found
     different = changes(state["config"], config)
     if state["data"] != data:
-        different.append("the rows: other files, or tokenised by another tokenizer or version")
+        different.append("the rows: other files or weights, or tokenised by another tokenizer or version")
     if different and not config.allow_changes:
         raise CheckpointError(f"{folder}: this run began differently: {'; '.join(different)}. Go back to that, choose another "
                               "exp_name, or set allow_changes=true")
@@ -409,8 +420,43 @@ def eval_metrics(model: nn.Module, loader: SFTDataLoader, device: torch.device) 
 # What is logged and shown
 
 
+class WandbTracker:
+    """Weights & Biases, which sends from a process of its own; where its server does not answer it logs to the disk."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        import wandb
+        settings = {"project": config.wandb.project, "name": config.exp_name, "dir": run_dir, "resume": "allow",
+                    "config": dataclasses.asdict(config), "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]}
+        try:
+            self.run = wandb.init(**settings, settings=wandb.Settings(init_timeout=15))
+        except wandb.Error as error:
+            print(f"warning: W&B can't be reached, so it logs to {run_dir}/wandb, for `wandb sync`: {error}", file=sys.stderr)
+            wandb.teardown()  # else the id is taken by the attempt
+            self.run = wandb.init(**settings, mode="offline")
+
+    def log(self, record: dict) -> None:
+        self.run.log(record, step=record["counter"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoardTracker:
+    def __init__(self, config: Config, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(run_dir / "tensorboard")
+
+    def log(self, record: dict) -> None:
+        for key, value in record.items():
+            if value is not None:
+                self.writer.add_scalar(key, value, record["counter"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
 class Log:
-    """metrics.jsonl, the progress bar and W&B, written by rank 0."""
+    """metrics.jsonl, the progress bar and the trackers that are asked for, written by rank 0."""
 
     def __init__(self, config: Config, run_dir: Path, start: Path | None, step: int, n_steps: int, rank: int,
                  device: torch.device, flops: tuple[float, float, float]):
@@ -425,11 +471,8 @@ class Log:
                 self.last |= self.records[-1]
             self.file = open(run_dir / "metrics.jsonl", "a")
             self.bar = tqdm(total=n_steps, initial=step, unit="step", desc="training")
-            self.wandb = None
-            if config.wandb.enabled:
-                import wandb
-                self.wandb = wandb.init(project=config.wandb.project, name=config.exp_name, dir=run_dir,
-                                        config=dataclasses.asdict(config))
+            wanted = {WandbTracker: config.wandb.enabled, TensorBoardTracker: config.tensorboard}
+            self.trackers = [tracker(config, run_dir) for tracker in wanted if wanted[tracker]]
 
     def add_step(self, record: dict, batch: dict) -> None:
         """batch: the step's last, for the counts of the whole step."""
@@ -468,15 +511,16 @@ class Log:
         self.records.append(record)
         if self.rank == 0:
             print(json.dumps(record), file=self.file, flush=True)
-            if self.wandb:
-                self.wandb.log(record, step=record["counter"])
+            for tracker in self.trackers:
+                tracker.log(record)
 
     def close(self) -> None:
         if self.rank == 0:
             self.bar.close()
             self.file.close()
-            if self.wandb:
-                self.wandb.finish()
+            for tracker in self.trackers:
+                tracker.close()
+            self.trackers = []
 
     def summary(self) -> str:
         steps = [record for record in self.records if record.get("loss/train") is not None]
@@ -581,7 +625,7 @@ def is_right(result: dict) -> bool:
 if __name__ == "__main__":
     try:
         main(config)
-    except (DataError, ModelError, ShardingError, CheckpointError, TrainingError) as error:
+    except (DataError, HubError, ModelError, ShardingError, CheckpointError, TrainingError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(60)  # the first rank of this machine finds the same error and says so; torchrun then ends this one
         sys.exit(f"sft.py: {error}")

@@ -20,7 +20,7 @@ from common import describe_machine, print_table, resident
 
 from configs.base import Config, ModelConfig
 from fsdp_utils import init_processes, load_shards, shard_model, write_gathered
-from model_utils import load_model, load_tokenizer, save_model
+from model_utils import load_tokenizer, save_model
 from sft import make_model
 
 
@@ -48,10 +48,7 @@ def work(args) -> None:
     rank, world_size, device = init_processes()
     tokenizer = load_tokenizer(args.model, ".cache")
     with Peak() as loading:
-        if args.whole:
-            model = load_model(args.model, None, tokenizer, None, ".cache")
-        else:
-            model = make_model(Config(model=ModelConfig(name_or_path=args.model)), tokenizer, None, device)
+        model = make_model(Config(model=ModelConfig(name_or_path=args.model)), tokenizer, None, device)
         shard_model(model, device, "target_logps")
         load_shards(model, model.weight_files)
     with tempfile.TemporaryDirectory() as folder, Peak() as writing:
@@ -69,20 +66,17 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--part-bytes", type=float, default=100e6, help="FINAL is gathered and written in parts of this size")
-    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(args)
     print(describe_machine("cpu", torch.float32))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+    done = subprocess.run([*torchrun, *sys.argv, "--work"], stdout=subprocess.PIPE, text=True, check=True)
     table = []
-    for way in ([], ["--whole"]):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
-        done = subprocess.run([*torchrun, *sys.argv, "--work", *way], stdout=subprocess.PIPE, text=True, check=True)
-        for rank, (loading, mapped, writing, size) in enumerate(json.loads(done.stdout.splitlines()[-1])):
-            goal = 1.3 * size / args.processes + 0.5e9
-            name = "whole model in each process" if way else "each its slices"
-            table.append([f"{name}, rank {rank}", *(f"{number / 1e9:.2f}" for number in (loading, mapped, writing, goal))])
+    for rank, (*measured, size) in enumerate(json.loads(done.stdout.splitlines()[-1])):
+        goal = 1.3 * size / args.processes + 0.5e9
+        table.append([f"rank {rank}", *(f"{number / 1e9:.2f}" for number in (*measured, goal))])
     print(f"{args.model}: {size / 1e9:.2f} GB of weights in fp32, {args.processes} processes")
     print_table(["GB", "loading", "file pages mapped", "writing FINAL", "goal"], table)
 

@@ -35,7 +35,7 @@ from common import describe_machine, print_table, resident
 import sft
 from configs.base import Config, ModelConfig
 from data import ChatEncoder, SFTDataLoader, tokenise
-from fsdp_utils import clip_gradients, init_processes, shard_model
+from fsdp_utils import clip_gradients, init_processes, load_shards, shard_model
 from model_utils import enable_packing, load_model, load_tokenizer
 
 WAYS = ("ours", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "the limit")
@@ -65,14 +65,19 @@ def make_ours(args, adapters: str | None = None):
     tokenizer, encoder, rows = load_rows(args)
     config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile,
                                                activation_checkpointing=args.checkpointing))
-    model = sft.make_model(config, tokenizer, encoder.stop_id, device)
     if adapters == "PEFT's":
         import peft
-        model.to(torch.bfloat16 if args.device == "cuda" else torch.float32)
+        model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache",
+                           torch.bfloat16 if args.device == "cuda" else torch.float32)
         settings = {key: getattr(config.model.peft, key) for key in ("lora_alpha", "lora_dropout", "target_modules")}
         model = peft.get_peft_model(model, peft.LoraConfig(r=config.model.peft.lora_r, task_type="CAUSAL_LM", **settings))
         model = model.get_base_model()
+        if args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model = sft.make_model(config, tokenizer, encoder.stop_id, device)
     shard_model(model, device, "target_logps", compile=args.compile)
+    load_shards(model, model.weight_files)
     optimizer = sft.make_optimizer(model, config)
     why_not = enable_packing(model, device)
     model.train()

@@ -9,6 +9,7 @@ in a config file too, where it is assigned to.
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -61,8 +62,9 @@ class WandbConfig:
 @dataclass(slots=True)
 class Config:
     exp_name: str = ""  # required: the run's name; it writes to {cache_dir}/{exp_name}
-    datasets: list[str] = field(default_factory=list)  # required: .json or .jsonl files, or folders of them, to train on
-    eval_datasets: list[str] = field(default_factory=list)  # held-out files or folders
+    datasets: list[str] = field(default_factory=list)  # required: files, folders, names or hub:owner/name; *2 doubles a weight
+    eval_datasets: list[str] = field(default_factory=list)  # held-out ones; else the test splits of the named data sets
+    conditional: bool = False  # answers of named data sets begin with <|good|>, and rejected ones are trained on with <|bad|>
     eval_fraction: float = 0.0  # fraction of the training rows to hold out where there are no eval_datasets
     cache_dir: str = ".cache"  # where runs, tokenised data and downloaded models are kept
     seed: int = 1  # of the shuffle, of random weights, of dropout
@@ -85,6 +87,7 @@ class Config:
     allow_changes: bool = False  # resume though the configuration or the data changed in a way that alters the run
     max_skipped_steps: int = 5  # stop after as many steps in a row whose loss or gradient is not finite; they are skipped
     timeout_minutes: float = 30  # a rank that waits longer than this for another one ends with an error
+    tensorboard: bool = False  # also log to {cache_dir}/{exp_name}/tensorboard
     wandb: WandbConfig = field(default_factory=WandbConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -128,18 +131,23 @@ def check(config: Config, world_size: int) -> list[str]:
             f"{model.gradient_accumulation_steps} accumulation steps = {microbatches}")
     require(world_size % max(1, model.replicas) == 0,
             f"model.replicas={model.replicas} must divide the number of ranks, {world_size}")
+    require(not (config.conditional and config.n_eval_answers), "n_eval_answers can't grade the answers of conditional=true")
     require(not (config.eval_datasets and config.eval_fraction), "eval_datasets and eval_fraction exclude each other")
     require(model.use_peft or not model.load_lora_from, "model.load_lora_from needs model.use_peft=true")
+    for key, package in {"wandb.enabled": "wandb", "tensorboard": "tensorboard"}.items():
+        require(not get_key(config, key) or importlib.util.find_spec(package),
+                f"{key}=true needs a package that is not installed: pip install {package}")
     require(model.peft.target_modules, "model.peft.target_modules must name a layer, or be all-linear")
     return errors
 
 
-# What may differ when a run is resumed, since the examples, their order and the loss of each step stay the same.
+# What may differ when a run is resumed, since the examples, their order and the loss of each step stay the same. (`datasets`
+# may have moved: the rows themselves are compared.)
 HARMLESS = {"exp_name", "datasets", "eval_datasets", "cache_dir", "n_epochs", "n_examples", "eval_every", "n_eval_examples",
             "n_eval_answers", "do_first_eval", "intermediate_checkpoints", "save_every", "keep_last", "stop_if_save_fails",
-            "allow_changes", "max_skipped_steps", "timeout_minutes", "wandb.enabled", "wandb.project", "model.from_checkpoint",
-            "model.gradient_accumulation_steps", "model.microbatch_tokens", "model.packing", "model.activation_checkpointing",
-            "model.cpu_offload", "model.replicas", "model.compile"}  # the rows of `datasets` are compared themselves
+            "allow_changes", "max_skipped_steps", "timeout_minutes", "tensorboard", "wandb.enabled", "wandb.project",
+            "model.from_checkpoint", "model.gradient_accumulation_steps", "model.microbatch_tokens", "model.packing",
+            "model.activation_checkpointing", "model.cpu_offload", "model.replicas", "model.compile"}
 
 
 def changes(then: dict, now: Config) -> list[str]:

@@ -19,6 +19,7 @@ from conftest import ROOT, one_thread, process_of_one, run_script, run_well, sto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.base import load_config
@@ -611,6 +612,25 @@ def test_a_run_resumed_on_another_number_of_ranks_ends_close_by(more, straight, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+def test_trackers_get_every_record(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    run_well(SFT, *TIED, "exp_name=tracked", "wandb.enabled=true", "tensorboard=true", cwd=folder)
+    run = folder / "runs/tracked"
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"loss/train" in file.read_bytes()
+    accumulator = EventAccumulator(str(run / "tensorboard"))
+    accumulator.Reload()
+    steps, evals = records(run)
+    for key, lines in (("loss/train", steps), ("grad_norm", steps), ("loss/eval", evals)):
+        assert [(event.step, event.value) for event in accumulator.Scalars(key)] == [
+            (line["counter"], pytest.approx(line[key], rel=1e-6)) for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What goes wrong, said in one line
 
 
@@ -639,7 +659,7 @@ def failed(folder) -> dict:
     make_broken(folder)
     with ThreadPoolExecutor(2) as threads:
         return dict(zip(BROKEN, threads.map(lambda name: run_script(
-            SFT, "--config", "config.py", f"exp_name={name}", *BROKEN[name][0], cwd=folder, timeout=60), BROKEN)))
+            SFT, "--config", "config.py", f"exp_name={name}", *BROKEN[name][0], cwd=folder, timeout=120), BROKEN)))
 
 
 @pytest.mark.parametrize("name", BROKEN)

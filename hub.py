@@ -1,0 +1,323 @@
+"""Data sets by name → .jsonl files, which data.py reads like any other. An entry is one of
+
+    ultrachat                a name in SOURCES, below
+    hub:owner/name[:split]   a data set of the Hugging Face hub whose rows have one of data.py's four shapes
+    rows.parquet             a local file of such rows, or a folder of such files
+    chats.jsonl              any other local file or folder, as it is
+with a weight if wanted: `chats.jsonl*2` trains on each row twice an epoch, `shp*0.5` on half of the rows.
+
+What is fetched is written once, to {cache_dir}/datasets/; delete the file there to have it fetched anew.
+"""
+
+import difflib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+CONTROL_TOKENS = ("<|good|>", "<|bad|>")  # as in HALOs; to be tokens of the tokenizer, or else they are spelt out
+
+
+class HubError(ValueError):
+    """A data set that can't be had: one line that names it and says what would be right."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Converters: a row as it is on the hub → [conversation], or [the one with the better answer, the one with the worse]
+
+
+def ask(question: str, *answers: str) -> list[list[dict]]:
+    return [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for answer in answers]
+
+
+def plain(messages: list[dict]) -> list[dict]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def convert_ultrachat(row: dict) -> list[list[dict]]:
+    return [plain(row["messages"])]
+
+
+def convert_ultrabin(row: dict) -> list[list[dict]]:
+    return [plain(row["chosen"]), plain(row["rejected"])]
+
+
+def convert_hh(row: dict) -> list[list[dict]]:
+    conversations = []
+    for text in (row["chosen"], row["rejected"]):
+        _, *parts = re.split(r"\n\n(Human|Assistant):", text)
+        conversations.append([{"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
+                              for speaker, said in zip(parts[::2], parts[1::2])])
+    return conversations
+
+
+def convert_shp(row: dict) -> list[list[dict]]:
+    a, b = row["human_ref_A"], row["human_ref_B"]
+    return ask(row["history"], *((a, b) if row["labels"] == 1 else (b, a)))
+
+
+def convert_safe_rlhf(row: dict) -> list[list[dict]]:
+    better = row["better_response_id"]
+    return ask(row["prompt"], row[f"response_{better}"], row[f"response_{1 - better}"])
+
+
+def convert_oasst(row: dict) -> list[list[dict]]:
+    """Takes a row of `find_threads`. Replies between the best and the worst are left out: if each is compared with its
+    neighbours, as in HALOs, they are bad answers and good ones at once."""
+    history = [{"role": "user" if message["role"] == "prompter" else "assistant", "content": message["text"]}
+               for message in row["thread"]]
+    return [[*history, {"role": "assistant", "content": reply}] for reply in row["replies"][:1] + row["replies"][1:][-1:]]
+
+
+def convert_s1k(row: dict) -> list[list[dict]]:
+    """Marks the thought as its author, DeepSeek-R1, does: HALOs' <|im_start|> is a control token of many models."""
+    thought, answer = row["deepseek_thinking_trajectory"].strip(), row["deepseek_attempt"].strip()
+    return ask(row["question"], f"<think>\n{thought}\n</think>\n\n{answer}")
+
+
+def convert_alpacaeval(row: dict) -> list[list[dict]]:
+    return ask(row["instruction"], row["output"])
+
+
+def convert_wildbench(row: dict) -> list[list[dict]]:
+    return [[*plain(row["conversation_input"]), {"role": "assistant", "content": row["references"]["gpt-4"]}]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What needs more than one row: (rows of the hub, "train" or "test") → rows for a converter
+
+
+def find_threads(rows: Sequence[dict], split: str) -> Iterator[dict]:
+    """The messages of oasst, one a row → {"thread": messages from the first to a question, "replies": texts, best first}.
+
+    In English and with ranked replies, as in HALOs; a thread of which a message is not there is empty.
+    """
+    messages = {row["message_id"]: row for row in rows if row["lang"] == "en"}
+    ranked = defaultdict(list)
+    for message in messages.values():
+        if message["role"] == "assistant" and message["rank"] is not None:
+            ranked[message["parent_id"]].append(message)
+    for replies in ranked.values():
+        thread, parent = [], replies[0]["parent_id"]
+        while parent in messages:
+            thread.insert(0, messages[parent])
+            parent = messages[parent]["parent_id"]
+        replies.sort(key=lambda reply: reply["rank"])
+        yield {"thread": [] if parent else thread, "replies": [reply["text"] for reply in replies]}
+
+
+def select_shp(rows: Sequence[dict], split: str) -> Iterable[dict]:
+    """To train: pairs of which one has at least twice the other's score, and at most 5 of a post, as in HALOs."""
+    if split != "train":
+        return rows
+    of_post = defaultdict(list)
+    for i, row in enumerate(rows):
+        low, high = sorted((row["score_A"], row["score_B"]))
+        if high >= 2 * low:
+            of_post[row["history"]].append(i)
+    kept = [i for pairs in of_post.values() for i in random.Random(0).sample(pairs, min(5, len(pairs)))]
+    return (rows[i] for i in sorted(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True)
+class Source:
+    repo: str  # on the Hugging Face hub
+    splits: dict[str, str]  # "train" and "test" → what the repository calls them
+    convert: Callable[[dict], list[list[dict]]]
+    select: Callable[[Sequence[dict], str], Iterable[dict]] = lambda rows, split: rows
+    last_only: bool = False  # only the last answer is trained: those before it in the conversation were never judged
+    options: dict[str, str] = field(default_factory=dict)  # of datasets.load_dataset; data_files is within the repository
+
+
+BOTH = {"train": "train", "test": "test"}
+SOURCES = {
+    "ultrachat": Source("HuggingFaceH4/ultrachat_200k", {"train": "train_sft", "test": "test_sft"}, convert_ultrachat),
+    "ultrabin": Source("HuggingFaceH4/ultrafeedback_binarized", {"train": "train_prefs", "test": "test_prefs"},
+                       convert_ultrabin, last_only=True),
+    "oasst": Source("OpenAssistant/oasst1", {"train": "train", "test": "validation"}, convert_oasst, find_threads, True),
+    "shp": Source("stanfordnlp/SHP", BOTH, convert_shp, select_shp, True),
+    "hh": Source("Anthropic/hh-rlhf", BOTH, convert_hh, last_only=True),
+    "hh_helpful": Source("Anthropic/hh-rlhf", BOTH, convert_hh, last_only=True, options={"data_dir": "helpful-base"}),
+    "hh_harmless": Source("Anthropic/hh-rlhf", BOTH, convert_hh, last_only=True, options={"data_dir": "harmless-base"}),
+    "safe_rlhf": Source("PKU-Alignment/PKU-SafeRLHF-single-dimension", BOTH, convert_safe_rlhf, last_only=True),
+    "s1k": Source("simplescaling/s1K-1.1", {"train": "train"}, convert_s1k),
+    # Its repository is a script, which `datasets` no longer runs, so its file is read: a file has but the split "train".
+    "alpacaeval": Source("tatsu-lab/alpaca_eval", {"test": "train"}, convert_alpacaeval,
+                         options={"data_files": "alpaca_eval.json"}),
+    "wildbench": Source("allenai/WildBench", {"test": "test"}, convert_wildbench, last_only=True, options={"name": "v2"}),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry → file
+
+
+def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, root: str = "") -> str:
+    """Returns the path of a .jsonl file with the rows of `entry`, which has no weight here; or a local path as it is.
+
+    split        "train" or "test"; it goes for names, and for hub:owner/name
+    conditional  conditional SFT (Korbak et al. 2023), of names alone: answers begin with the good token, and the worse of two
+                 compared answers is a row too, with the bad one. As in HALOs, the token is a target like the answer
+    root         a folder in which to find owner/name, instead of the hub
+    All ranks may call it: one writes, the others wait. Raises HubError.
+    """
+    if os.path.exists(entry) and not entry.endswith(".parquet"):
+        return entry
+    if entry in SOURCES:
+        if split not in SOURCES[entry].splits:
+            raise HubError(f"{entry} has no {split} split, only {', '.join(SOURCES[entry].splits)}")
+        name, rows = f"{entry}-{split}{'-conditional' * conditional}", convert_rows(entry, split, conditional, root)
+    elif entry.startswith("hub:"):
+        match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?::([\w.-]+))?", entry)
+        if not match:
+            raise HubError(f"{entry}: must be hub:owner/name or hub:owner/name:split")
+        repo, split = match[1], match[2] or split
+        name, rows = f"{repo.replace('/', '--')}-{split}", raw_rows(entry, os.path.join(root, repo), split)
+    elif entry.endswith(".parquet"):
+        files = sorted(map(str, Path(entry).rglob("*.parquet"))) if os.path.isdir(entry) else [entry]
+        if not files or not os.path.isfile(files[0]):
+            raise HubError(f"{entry}: no such file" if files else f"{entry}: no .parquet file in this folder")
+        stamps = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+        name = f"{Path(entry).stem}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}"
+        rows = raw_rows(entry, "parquet", "train", data_files=files)
+    elif os.sep in entry or "." in entry:
+        return entry  # meant as a path, of which data.py says what is wrong
+    else:
+        near = difflib.get_close_matches(entry, SOURCES, 1, cutoff=0)[0]
+        raise HubError(f"unknown data set {entry!r}, did you mean {near!r}? Known are {', '.join(SOURCES)}, hub:owner/name, "
+                       "and local files and folders")
+    path = Path(cache_dir, "datasets", f"{name}.jsonl")
+    write_once(path, rows)
+    return str(path)
+
+
+def write_once(path: Path, rows: Iterator[dict]) -> None:
+    """Writes a row a line, under another name until the file is whole; does nothing if it is there already."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return
+            partial = path.with_suffix(".partial")
+            with open(partial, "w", encoding="utf-8") as out:
+                out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+                out.flush()
+                os.fsync(out.fileno())
+            partial.rename(path)
+    except OSError as error:
+        raise HubError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def load(entry: str, path: str, split: str, **options) -> Sequence[dict]:
+    """datasets.load_dataset, but whatever goes wrong is a HubError."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise HubError(f"{entry} needs the datasets package: pip install datasets ({error})") from error
+    try:
+        return datasets.load_dataset(path, split=split, **options)
+    except Exception as error:  # network, authorisation, disk and format all raise errors of their own
+        text = f"{entry}: can't be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
+            text += "; HF_HUB_OFFLINE is set: fetch it once without that, or choose a local file"
+        raise HubError(text) from error
+
+
+def raw_rows(entry: str, path: str, split: str, **options) -> Iterator[dict]:
+    yield from map(drop_nulls, load(entry, path, split, **options))
+
+
+def drop_nulls(value):
+    """Undoes what a table does to rows: a key that one of them lacks is null there."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def convert_rows(name: str, split: str, conditional: bool, root: str) -> Iterator[dict]:
+    """Yields {"messages": [...]} of a data set in SOURCES; prints how many, and how many are dropped."""
+    source, seen, counts = SOURCES[name], set(), Counter()
+    path, options = os.path.join(root, source.repo), source.options
+    if "data_files" in options:
+        path, options = "json", {"data_files": os.path.join(root or "hf://datasets", source.repo, options["data_files"])}
+    for i, row in enumerate(source.select(load(name, path, source.splits[split], **options), split)):
+        try:
+            conversations = source.convert(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise HubError(f"{name}: row {i} of {source.repo} is not of the form that hub.py knows: {error!r}") from error
+        for conversation, token in zip(conversations if conditional else conversations[:1], CONTROL_TOKENS):
+            messages = clean(conversation, source.last_only, token * conditional)
+            key = hashlib.sha256(repr(messages).encode()).digest()  # a good answer is in as many pairs as it was compared in
+            counts["misfits" if not messages else "repeated" if key in seen else "written"] += 1
+            if messages and key not in seen:
+                yield {"messages": messages}
+            seen.add(key)
+    print(f"{name}, {split}: {counts['written']} rows of {source.repo}; dropped: {counts['misfits']} that are no exchange of "
+          f"questions and answers, {counts['repeated']} repeated")
+    if not counts["written"]:
+        raise HubError(f"{name}: no row of {source.repo} is left")
+
+
+def clean(messages: list[dict], last_only: bool, token: str) -> list[dict]:
+    """Returns the messages up to the last answer, or [] if data.py would refuse them or that answer is empty.
+
+    `last_only` takes the other answers out of the loss; `token` comes in front of those that are in it.
+    """
+    while messages and messages[-1]["role"] == "user":
+        messages = messages[:-1]
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    texts = all(isinstance(message["content"], str) for message in messages)
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) or not texts or not messages[-1]["content"].strip():
+        return []
+    cleaned = []
+    for i, message in enumerate(messages, 1):
+        if message["role"] == "assistant":
+            untrained = last_only and i < len(messages)
+            message = {**message, "train": False} if untrained else {**message, "content": token + message["content"]}
+        cleaned.append(message)
+    return cleaned
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def parse_weight(entry: str) -> tuple[str, float]:
+    """"chats.jsonl*2" → ("chats.jsonl", 2.0); the weight is 1 where none is given. Raises HubError."""
+    name, star, text = entry.rpartition("*")
+    try:
+        weight = float(text) if star else 1.0
+    except ValueError:
+        weight = math.nan
+    if star and not (name and 0 < weight < math.inf):
+        raise HubError(f"{entry!r}: the weight after * must be a number above 0, as in chats.jsonl*2 or shp*0.5")
+    return (name, weight) if star else (entry, weight)
+
+
+def mix(ids: np.ndarray, file_weights: np.ndarray, file_of: np.ndarray, seed: int) -> np.ndarray:
+    """Returns the rows of an epoch, sorted: each of `ids` floor(weight) times, and a random fraction of them once more.
+
+    ids (n,) integer rows; file_weights (files,) above 0; file_of (all rows,) the file of each. Of a file with k of the ids
+    there are exactly floor(w) k + round((w - floor(w)) k). Which come once more follows from seed and file alone.
+    """
+    files, mixed = file_of[ids], []
+    for file, weight in enumerate(file_weights):
+        rows, whole = ids[files == file], math.floor(weight)
+        n_more = round((weight - whole) * len(rows))
+        mixed += [rows.repeat(whole), np.random.default_rng([seed, 0x313, file]).permutation(rows)[:n_more]]
+    return np.sort(np.concatenate(mixed))
