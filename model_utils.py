@@ -441,20 +441,50 @@ def enable_packing(model, device: torch.device) -> str:
 
 
 def target_logps(model, input_ids, labels, target_positions, attention_mask=None, position_ids=None, document_ends=None,
-                 longest=None, fuse=False) -> torch.Tensor:
+                 longest=None, fuse=False, balance=False):
     """Log p(target | the tokens before it), (N,) fp32, of the labels at target_positions, flat places in (B, T).
 
     Only the tokens before a target are projected to the vocabulary. With document_ends (documents + 1,) the row is packed.
+    With `balance`, for a mixture of experts whose configuration asks for output_router_logits, (that, its balance_loss).
     A method of the model, so that FSDP2 gathers the head's weight for it as it does for a forward.
     """
     packed = {} if document_ends is None else {"cu_seq_lens_q": document_ends, "cu_seq_lens_k": document_ends,
                                                "max_length_q": longest, "max_length_k": longest}
-    hidden = model.base_model(input_ids=input_ids, attention_mask=None if packed else attention_mask,
-                              position_ids=position_ids, use_cache=False, **packed).last_hidden_state
+    output = model.base_model(input_ids=input_ids, attention_mask=None if packed else attention_mask,
+                              position_ids=position_ids, use_cache=False, **packed)
+    hidden = output.last_hidden_state
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    return linear_logps(hidden.flatten(0, 1)[target_positions - 1], head.weight, labels.flatten()[target_positions],
-                        head.bias, scale, getattr(config, "final_logit_softcapping", None), uniform=True, fuse=fuse)  # Gemma
+    logps = linear_logps(hidden.flatten(0, 1)[target_positions - 1], head.weight, labels.flatten()[target_positions],
+                         head.bias, scale, getattr(config, "final_logit_softcapping", None), uniform=True, fuse=fuse)  # Gemma
+    if not balance:
+        return logps
+    lengths = document_ends.diff() if packed else attention_mask.sum(1)
+    router_logits = torch.stack(output.router_logits)[:, attention_mask.flatten().bool()]  # without the padding
+    return logps, balance_loss(router_logits, config.num_experts_per_tok, lengths)
+
+
+def balance_weight(model) -> float:
+    """What balance_loss counts for in the loss of a mixture of experts: as in transformers, 0 unless output_router_logits."""
+    config = model.config.get_text_config()
+    return config.router_aux_loss_coef if getattr(config, "output_router_logits", False) else 0.0
+
+
+def balance_loss(router_logits: torch.Tensor, top_k: int, lengths: torch.Tensor) -> torch.Tensor:
+    """The load balancing loss of each document, times its tokens, and summed. Fedus et al. 2021 (Switch), eq. 4 to 6:
+
+        E * sum over experts of (times it is chosen / tokens) * (sum of its probabilities / tokens)
+
+    over the tokens of all layers, as transformers' load_balancing_loss_func has it. That is no sum over tokens, so that it
+    is taken of a document, not of a microbatch: it would depend on how the step is cut up.
+    router_logits (layers, T, E) of documents of these lengths, one after the other, T tokens together.
+    """
+    probabilities = router_logits.float().softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k).indices, 1.0)
+    per_token = torch.stack([chosen, probabilities]).mean(1)  # over the layers: (2, T, E)
+    documents = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    chosen, probabilities = per_token.new_zeros(2, len(lengths), per_token.shape[2]).index_add(1, documents, per_token)
+    return per_token.shape[2] * (chosen * probabilities / lengths[:, None]).sum()
 
 
 @torch.no_grad()

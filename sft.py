@@ -63,6 +63,7 @@ from hub import CONTROL_TOKENS, SOURCES, HubError, fetch, mix, parse_weight
 from model_utils import (
     ModelError,
     add_lora,
+    balance_weight,
     check_head,
     count_flops,
     enable_packing,
@@ -107,18 +108,27 @@ def get_batch_metrics(model: nn.Module, batch: dict, mode: str, global_target_co
 
     The loss is this microbatch's share of the step's: its NLL over the targets of the *whole* step, all ranks and
     microbatches. So gradients are summed, never averaged, and come out the same however the step is cut up.
+    Where the configuration of a mixture of experts sets output_router_logits, router_aux_loss_coef times the load balancing
+    loss is added, the mean of the documents' weighted by their tokens.
     Metrics are [sum, count] pairs, float64, to be summed over microbatches and ranks before they are divided:
         loss/{mode}   NLL per target, in nats
         logps/{mode}  log-probability of all targets of an example together
+        balance/{mode}  that load balancing loss, of a token
     """
-    logps = model.target_logps(
-        batch["target_combined_input_ids"], batch["target_labels"], batch["target_positions"],
-        batch["target_combined_attention_mask"], batch["position_ids"], batch["document_ends"], batch["longest"])
+    arguments = (batch["target_combined_input_ids"], batch["target_labels"], batch["target_positions"],
+                 batch["target_combined_attention_mask"], batch["position_ids"], batch["document_ends"], batch["longest"])
+    weight = balance_weight(model)
+    logps, balance = model.target_logps(*arguments, balance=True) if weight else (model.target_logps(*arguments), None)
     nll = -logps.sum()
     metrics = {f"loss/{mode}": (nll, len(logps)), f"logps/{mode}": (-nll, batch["n_documents"])}
+    loss = nll / global_target_count
+    if weight:
+        real = min(1, batch["n_documents"])  # a rank without a row computes one token for company
+        metrics[f"balance/{mode}"] = (real * balance, real * int(batch["target_combined_attention_mask"].sum()))
+        loss = loss + weight * real * balance / batch["global_token_count"]
     metrics = {key: torch.stack([total.detach().double(), total.new_tensor(count, dtype=torch.float64)])
                for key, (total, count) in metrics.items()}
-    return nll / global_target_count, metrics
+    return loss, metrics
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -1,0 +1,99 @@
+"""Draws the metrics.jsonl of one run or of several as one page: losses, learning rate, gradient norm, speed and memory.
+
+    python plot.py .cache/llama3-8B-sft .cache/llama3-8B-lora --out plot.png    # needs matplotlib
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PANELS = {"loss/train": "Training loss (nats per target)", "loss/eval": "Held-out loss (nats per target)",
+          "grad_norm": "Gradient norm, before clipping", "lr": "Learning rate (× 10⁻⁶)",
+          "tokens_per_second": "Throughput (tokens/s)", "peak_memory_gb": "Peak memory of rank 0 (GB)"}
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe & Ito's: the colour-blind tell them apart
+
+
+def read_run(folder: Path) -> dict[str, np.ndarray]:
+    """Returns {key: (2, N)}: examples seen and value, NaN where it is null. A half-written last line is left out."""
+    file, records = folder / "metrics.jsonl", []
+    try:
+        for line in file.read_text().split("\n")[:-1]:  # after the last newline there is nothing, or half a line
+            records.append(json.loads(line))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}; give the folder of a run, {{cache_dir}}/{{exp_name}}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{len(records) + 1}: not valid JSON: {error.msg}") from error
+    if not records:
+        raise ValueError(f"{file}: nothing is logged yet")
+    return {key: np.array([(record["counter"], record[key]) for record in records if key in record], float).reshape(-1, 2).T
+            for key in (*PANELS, "skipped_steps")}
+
+
+def moving_mean(values: np.ndarray) -> np.ndarray:
+    """Returns (N,): the mean of the finite values around each, over a twentieth of all; NaN where there are none."""
+    finite, window = np.isfinite(values), np.ones(2 * (len(values) // 40) + 1)
+    total, count = (np.convolve(part, window, "same") for part in (np.where(finite, values, 0), finite))
+    return total / np.where(count > 0, count, np.nan)
+
+
+def draw(runs: dict[str, dict[str, np.ndarray]]):
+    """Returns a matplotlib Figure of {name: what read_run returns}."""
+    from matplotlib import figure, lines, ticker
+    page = figure.Figure(figsize=(7.2, 4.4), dpi=300, layout="constrained")
+    axes, legend = dict(zip(PANELS, page.subplots(2, 3, sharex=True).flat)), {}
+    axes["loss/eval"].sharey(axes["loss/train"])
+    for (name, run), colour, marker in zip(runs.items(), COLOURS, "os^DvP"):
+        legend[name] = lines.Line2D([], [], color=colour, marker=marker, markersize=3.5, linewidth=1.2)
+        for key, ax in axes.items():
+            x, y = run[key][0], run[key][1] * (1e6 if key == "lr" else 1)
+            if key in ("loss/train", "grad_norm", "tokens_per_second") and len(y):  # these are noisy
+                ax.plot(x, y, color=colour, linewidth=0.5, alpha=0.3)
+                y = moving_mean(y)
+            ax.plot(x, y, color=colour, linewidth=1.2, marker=marker if key == "loss/eval" else "", markersize=3.5)
+        x = run["skipped_steps"][0][np.diff(run["skipped_steps"][1], prepend=0) > 0]
+        for ax in (axes["loss/train"], axes["grad_norm"]):  # at the foot, for a skipped step may have no value
+            ax.plot(x, 0 * x + 0.03, "x", color=colour, markersize=4, transform=ax.get_xaxis_transform())
+    legend["each step, under its moving mean"] = lines.Line2D([], [], color="0.5", linewidth=0.5)
+    if any(run["skipped_steps"][1].any() for run in runs.values()):
+        legend["skipped step"] = lines.Line2D([], [], color="0.4", marker="x", linestyle="", markersize=4)
+    page.legend(legend.values(), legend, loc="outside upper center", ncols=4, frameon=False, fontsize=7)
+    for key, ax in axes.items():
+        ax.set_title(PANELS[key], fontsize=7.5, loc="left")
+        ax.tick_params(which="both", labelsize=6.5, length=2)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", linewidth=0.3, color="0.85")
+        low, high = ax.dataLim.intervaly
+        if key in ("lr", "tokens_per_second", "peak_memory_gb"):
+            ax.set_ylim(0, 1.08 * high if high > 0 else 1)
+        elif 0 < 10 * low < high:
+            ax.set_yscale("log", subs=(2, 5))
+        number = ticker.EngFormatter(sep="") if high >= 1000 else "{x:g}"
+        ax.yaxis.set(major_formatter=number, minor_formatter=number)
+        ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    page.supxlabel("Examples seen", fontsize=7.5)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="{cache_dir}/{exp_name}")
+    parser.add_argument("--out", type=Path, default="plot.png")
+    args = parser.parse_args()
+    names = [folder.resolve().name for folder in args.runs]
+    names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, args.runs)]
+    try:
+        if len(names) > len(COLOURS):
+            raise ValueError(f"{len(names)} runs can't be told apart on one page; give at most {len(COLOURS)}")
+        draw(dict(zip(names, map(read_run, args.runs)))).savefig(args.out.with_suffix(".partial"), format="png")
+        args.out.with_suffix(".partial").replace(args.out)
+    except ImportError:
+        sys.exit("plot.py: matplotlib is missing: pip install matplotlib")
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
