@@ -547,7 +547,8 @@ class LinearLogps(torch.autograd.Function):
             _, *grads = sweep(*ctx.saved_tensors, *ctx.head, grad_logps, ctx.needs_input_grad[:3])
         elif ctx.uniform:
             if grad_logps.numel() > 1 and grad_logps.stride(0) != 0:  # what sum() hands back is one number, expanded
-                raise RuntimeError("linear_logps(uniform=True) is for a loss of c * logps.sum(); this one weighs tokens apart")
+                raise RuntimeError("linear_logps(uniform=True) takes a loss of c * logps.sum() only: write logps.mean() "
+                                   "as logps.sum() / n, and set uniform=False where tokens weigh differently")
             if ctx.spent:
                 raise RuntimeError("linear_logps(uniform=True) keeps its gradients for one backward, which scales them in place")
             ctx.spent = True

@@ -183,7 +183,7 @@ def test_uniform_promise_is_checked(chunks_of_7):
     tensors, labels = make_problem(torch.float64)
     tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
     logps = linear_logps(**tensors, labels=labels, uniform=True)
-    with pytest.raises(RuntimeError, match="weighs tokens apart"):
+    with pytest.raises(RuntimeError, match="write logps.mean\\(\\) as logps.sum\\(\\) / n, and set uniform=False"):
         (logps * torch.linspace(1, 2, len(logps))).sum().backward()
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,8 +78,12 @@ class Running:
             os.kill(pid, signal.SIGKILL)
 
     def wait_for_step(self, step: int) -> None:
+        metrics = self.run / "metrics.jsonl"
+        self.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= step)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
-        while not (self.run / "metrics.jsonl").exists() or (self.run / "metrics.jsonl").read_text().count("\n") < step:
+        while not condition():
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -131,13 +135,16 @@ def test_torchrun_restarts_a_run_whose_worker_is_killed(folder, straight):
 
 
 def test_a_rank_that_is_stuck_ends_the_run_with_a_line(folder):
-    with Running(folder, *command("stuck", "timeout_minutes=0.05")) as running:
+    with Running(folder, *command("stuck", "timeout_minutes=0.1")) as running:
         running.wait_for_step(2)
-        os.kill(running.pid_of(1), signal.SIGSTOP)
+        first, stuck = running.pid_of(0), running.pid_of(1)
+        os.kill(stuck, signal.SIGSTOP)
+        running.wait_until(lambda: first not in family(running.process.pid))
+        os.kill(stuck, signal.SIGKILL)  # torchrun would do so half a minute later
         code, _, stderr = running.end()
     assert code == 1
     (line,) = [line for line in stderr.splitlines() if line.startswith("sft.py: ")]
-    assert line.startswith("sft.py: rank 0: another rank has ended, or has not answered for 0.05 minutes")
+    assert line.startswith("sft.py: rank 0: another rank has ended, or has not answered for 0.1 minutes")
 
 
 def test_two_agents_train_as_one(folder, straight):
@@ -189,9 +196,7 @@ def refused(folder, straight) -> dict:
     shutil.copytree(straight, folder / "runs/rewound")
     (folder / "a file").write_text("")
     locked = lock(folder / "runs/locked")
-    with ThreadPoolExecutor(2) as threads:
-        runs = threads.map(lambda case: run_script(*command(*case[0]), cwd=folder), REFUSED.values())
-        done = dict(zip(REFUSED, runs))
+    done = {name: run_script(*command(*argv), cwd=folder) for name, (argv, _) in REFUSED.items()}  # not at once: they lock
     locked.close()
     return done
 
