@@ -139,8 +139,9 @@ def make_empty_model(name_or_path: str, cache_dir: str, dtype: torch.dtype, voca
     for file in set(files.values()) if fits else ():
         with safe_open(file, "pt") as tensors:
             for name in (name for name in tensors.keys() if name in state):
-                tensor = tensors.get_slice(name)
-                fits &= tensor.get_shape() == list(state[name].shape)
+                tensor, shape = tensors.get_slice(name), list(state[name].shape)
+                if tensor.get_shape() != shape:
+                    raise ModelError(f"{file}: {name} has the shape {tensor.get_shape()}, the model's is {shape}")
                 if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                     raise ModelError(f"{file}: {name} is {tensor.get_dtype()}: quantised weights can't be fine-tuned")
     return model, {name: file for name, file in files.items() if name in state and name not in tied} if fits else {}

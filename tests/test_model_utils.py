@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, one_thread, run_well
+from conftest import ROOT, one_thread, run_well, write_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -724,3 +725,17 @@ def test_a_model_without_attention_has_no_flops_of_it():
     config = AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=128)
     per_token, _, per_squared_length = model_utils.count_flops(AutoModelForCausalLM.from_config(config))
     assert per_token > 0 and per_squared_length == 0
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"strange": torch.zeros(2)}, "1 weights are not this model's, the first is strange"),
+    ({"model.norm.weight": None}, "1 weights are missing, the first is model.norm.weight"),
+    ({"model.norm.weight": torch.zeros(3)}, r"model.norm.weight has the shape \[3\], the model's is \[32\]"),
+    ({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}, "model.norm.weight is I8: quantised")])
+def test_weights_that_are_not_the_model_s_are_named(tmp_path, change, said):
+    write_model(tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors") | change
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=said):
+        load_model(str(tmp_path / "model"), None, load_tokenizer(str(tmp_path / "model"), ""), None, "", sliced=True)
