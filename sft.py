@@ -530,7 +530,6 @@ class Log:
             self.file.close()
             for tracker in self.trackers:
                 tracker.close()
-            self.trackers = []
 
     def summary(self) -> str:
         steps = [record for record in self.records if record.get("loss/train") is not None]

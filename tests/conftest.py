@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,16 @@ from data import DTYPES, TokenisedRows
 from make_tiny import make_rows, train_tokenizer
 
 
+def launch(argv: Sequence, torchrun: Sequence[str] = (), cwd: Path | None = None) -> subprocess.Popen:
+    """Starts a script by python, or by torchrun with these options, on the CPU."""
+    command = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *map(str, argv)]
+    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
 def run_script(*argv, n_processes: int = 0, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
     """Runs a script by python, or n_processes of it by torchrun, on the CPU; returns its exit code and texts."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"] if n_processes else []
-    process = subprocess.Popen([sys.executable, *torchrun, *map(str, argv)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    process = launch(argv, ("--standalone", f"--nproc_per_node={n_processes}") if n_processes else (), cwd)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -8,20 +8,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script, run_well, write_model
+from conftest import ROOT, launch, run_script, run_well, write_model
 from safetensors.torch import load_file, save_file
 
-from benchmarks.kill import family
+from benchmarks.kill import family, read_records
 from fsdp_utils import lock
 
 SFT = ROOT / "sft.py"
-CLOCKS = {"tokens_per_second", "examples_per_second", "peak_memory_gb"}
 CONFIG = """
 from configs.base import Config, ModelConfig
 
@@ -51,13 +49,8 @@ def straight(folder) -> Path:
     return folder / "runs/straight"
 
 
-def records(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
-
-
 def assert_same(run: Path, other: Path) -> None:
-    assert records(run) == records(other)
+    assert read_records(run) == read_records(other)
     assert (run / "FINAL/model.safetensors").read_bytes() == (other / "FINAL/model.safetensors").read_bytes()
 
 
@@ -66,9 +59,7 @@ class Running:
 
     def __init__(self, folder: Path, *argv, torchrun: tuple = ("--standalone", "--nproc_per_node=2")):
         self.run = folder / "runs" / next(part.partition("=")[2] for part in map(str, argv) if part.startswith("exp_name="))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *torchrun, *map(str, argv)], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        self.process = launch(argv, torchrun, cwd=folder)
 
     def __enter__(self):
         return self
@@ -116,7 +107,7 @@ def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(folder, straight, rank, 
         os.kill(running.pid_of(rank), number)
         code, stdout, stderr = running.end()
     assert code == 0, stderr
-    step = records(running.run)[-1]["step"]
+    step = read_records(running.run)[-1]["step"]
     assert 3 <= step < 15 and not (running.run / "FINAL").exists()
     assert f"stopped by a signal after step {step}; the same command goes on from runs/{name}/checkpoints/step-{step}" in stdout
     assert f"resumed after step {step} from runs/{name}/checkpoints/step-{step}" in run_well(
@@ -168,7 +159,8 @@ def test_a_finished_run_is_left_alone_and_goes_on_if_asked_for_more(folder, stra
     shutil.rmtree(run / "checkpoints")  # FINAL has one too
     assert "resumed after step 15 from runs/finished/FINAL/checkpoint" in run_well(
         *command("finished", "n_epochs=4"), n_processes=2, cwd=folder)
-    assert [record["step"] for record in records(run)] == [*range(1, 21)] and records(run)[:15] == records(straight)
+    records = read_records(run)
+    assert [record["step"] for record in records] == [*range(1, 21)] and records[:15] == read_records(straight)
     assert json.loads((run / "FINAL/metrics.json").read_text())["counter"] == 4 * N_ROWS
     assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".old")]
 
@@ -225,7 +217,7 @@ def test_what_can_t_be_resumed_is_refused_in_one_line(refused, name):
 
 
 def test_a_refused_run_leaves_everything_as_it_was(refused, straight):
-    assert (straight / "FINAL/model.safetensors").exists() and len(records(straight)) == 15
+    assert (straight / "FINAL/model.safetensors").exists() and len(read_records(straight)) == 15
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step-14", "step-15"}
 
 
@@ -233,7 +225,7 @@ def test_a_change_is_allowed_where_it_is_asked_for(folder, straight):
     run = folder / "runs/allowed"
     shutil.copytree(straight, run, ignore=shutil.ignore_patterns("FINAL", "step-15"))
     run_well(*command("allowed", "lr=2e-2", "allow_changes=true"), n_processes=2, cwd=folder)
-    own, its = records(run), records(straight)
+    own, its = read_records(run), read_records(straight)
     assert own[:14] == its[:14] and own[14]["counter"] == its[14]["counter"] and own[14]["loss/train"] == its[14]["loss/train"]
 
 
@@ -306,10 +298,11 @@ BAD = ["model.name_or_path=bad", "datasets=[bad.jsonl]", "n_epochs=2"]
 
 def test_a_step_of_bad_numbers_is_skipped_on_all_ranks_and_counted(bad, straight):
     run_well(*command("skipping", *BAD), n_processes=2, cwd=bad)
-    skipped = [record["loss/train"] is None for record in records(bad / "runs/skipping")]
+    records = read_records(bad / "runs/skipping")
+    skipped = [record["loss/train"] is None for record in records]
     assert 2 <= sum(skipped) <= 4 and not all(skipped)  # two rows an epoch, in one step or in two
-    assert [record["skipped_steps"] for record in records(bad / "runs/skipping")] == [sum(skipped[:i + 1]) for i in range(10)]
-    for record, bad_one in zip(records(bad / "runs/skipping"), skipped):
+    assert [record["skipped_steps"] for record in records] == [sum(skipped[:i + 1]) for i in range(10)]
+    for record, bad_one in zip(records, skipped):
         assert (record["grad_norm"] is None) == bad_one and (bad_one or record["loss/train"] > 0)
     weights = load_file(bad / "runs/skipping/FINAL/model.safetensors")
     finite = {name: tensor.isfinite().float().mean() for name, tensor in weights.items()}
@@ -324,7 +317,7 @@ def test_too_many_bad_steps_end_the_run_and_name_the_rows(bad):
     done = run_script(*command("failing", *BAD, "max_skipped_steps=1", "save_every=8"), n_processes=2, cwd=bad)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("sft.py: ")]
-    step = records(bad / "runs/failing")[-1]["step"]
+    step = read_records(bad / "runs/failing")[-1]["step"]
     latest = f"runs/failing/checkpoints/step-{step - 1}" if step > 1 else "None"
     assert f"step {step}: the loss or the gradient is not finite, 1 steps in a row; the last good checkpoint: {latest}" in line
     places = line.partition("the step's rows: ")[2].split(", ")
