@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 
 class ShardingError(ValueError):
@@ -96,7 +97,7 @@ def shard_model(model: nn.Module, device: torch.device, *methods: str, compile: 
             module.forward = torch.compile(module.forward)  # not the block: the hooks of sharding and checkpointing stay outside
         allocate(module, device)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for module in (model, *blocks):
+    for module in (model, *blocks) if dist.get_world_size() > 1 else ():  # alone, FSDP2 would divide each gradient by it
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales too
     for method in methods:
@@ -120,9 +121,11 @@ def allocate(module: nn.Module, device: torch.device) -> None:
 def load_shards(model: nn.Module, files: dict[str, str]) -> None:
     """Fills the weights from safetensors files, {name: file}, of which each rank reads its own slices only."""
     state = model.state_dict()
+    bar = tqdm(total=len(files), desc="loading", unit=" weights", disable=not files or os.environ.get("RANK", "0") != "0")
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as tensors:
             for name in (name for name in files if files[name] == file):
+                bar.update()
                 source, target = tensors.get_slice(name), state[name]
                 start, stop = 0, len(target)
                 if isinstance(target, DTensor):  # sharded by its first dimension as torch.chunk does, over the mesh's last
@@ -132,6 +135,7 @@ def load_shards(model: nn.Module, files: dict[str, str]) -> None:
                     stop = start + len(target)
                 if start < stop:
                     target.copy_(source[start:stop])
+    bar.close()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

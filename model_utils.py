@@ -237,7 +237,7 @@ class DropoutLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, p):
-        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+        kept = draw_kept(x, p)
         ctx.save_for_backward(x, a, kept)
         ctx.scale = 1 / (1 - p)
         return F.linear(x * kept, a) * ctx.scale
@@ -248,6 +248,18 @@ class DropoutLinear(torch.autograd.Function):
         grad = grad * ctx.scale
         grad_x = (grad @ a).mul_(kept) if ctx.needs_input_grad[0] else None
         return grad_x, grad.flatten(0, -2).T @ (x * kept).flatten(0, -2), None
+
+
+def draw_kept(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Returns what a dropout of p keeps, a mask of x's shape, each number of which is True with probability 1 - p.
+
+    A CPU draws one number after the other, which takes longer than the matmuls of a small adapter. So there 64 random bits are
+    used for four of them, and p is rounded to a 65,536th.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    return (bits[:x.numel()] >= round(p * 2**16) - 2**15).view(x.shape)
 
 
 def add_lora(model, r: int, alpha: float, dropout: float, target_modules: str | list[str], rslora: bool = False,
@@ -402,6 +414,7 @@ transformers.AttentionInterface.register("documents", document_attention)
 transformers.AttentionMaskInterface.register("documents", mask_of_documents)
 
 
+@torch.compiler.set_stance("force_eager")
 def enable_packing(model, device: torch.device) -> str:
     """Switches the model to document_attention; returns "", or why it can't be packed, and leaves it as it was.
 
@@ -488,6 +501,7 @@ def balance_loss(router_logits: torch.Tensor, top_k: int, lengths: torch.Tensor)
     return per_token.shape[2] * (chosen * probabilities / lengths[:, None]).sum()
 
 
+@torch.compiler.set_stance("force_eager")  # compiling what runs once would take longer than it
 @torch.no_grad()
 def check_head(model, device: torch.device) -> None:
     """Raises ModelError where target_logps is not what the model's own logits give: a head unlike those known here.
@@ -527,7 +541,7 @@ def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tenso
     With a frozen head likewise, for any g, since g only scales the rows of d/dhidden: two matmuls, and (N, H) is kept.
     Otherwise g must be known first, and the backward makes the logits again: four matmuls.
 
-    `fuse` compiles what lies between the matmuls, which on a GPU would else take as long as they do.
+    `fuse` compiles what lies between the matmuls, which on a GPU would else take as long as they do; a CPU gains nothing by it.
     """
     return LinearLogps.apply(hidden, weight, bias, labels, scale, softcap, uniform, fuse)
 
@@ -567,7 +581,9 @@ def sweep(hidden, weight, bias, labels, scale, softcap, fuse, grad_logps, wanted
     """
     (n_rows, _), vocabulary, fp32 = hidden.shape, len(weight), torch.promote_types(hidden.dtype, torch.float32)
     size = chunk_rows(hidden, vocabulary)
-    logits = hidden.new_empty(min(size, n_rows), vocabulary, dtype=fp32)
+    # On a CPU the matmuls are faster where the logits lie column by column.
+    logits = torch.empty_strided((size, vocabulary), (vocabulary, 1) if hidden.is_cuda else (1, size), dtype=fp32,
+                                 device=hidden.device)
     logps = hidden.new_empty(n_rows, dtype=fp32)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=fp32) if wanted[1] else None
@@ -603,18 +619,24 @@ def differentiate_in_place(z, bias, label, scale, softcap, g, wanted):
         z.div_(softcap).tanh_()
         slope = 1 - z.square() if wanted else None  # of softcap * tanh(z / softcap)
         z *= softcap
-    torch.log_softmax(z, -1, out=z)
-    logps = z.gather(1, label).squeeze(1)
+    if z.stride(1) == 1:
+        logps = torch.log_softmax(z, 1, out=z).gather(1, label)
+        z.exp_()
+    else:  # torch's own is slow over columns
+        of_label, top = z.gather(1, label), z.amax(1, keepdim=True)
+        total = z.sub_(top).exp_().sum(1, keepdim=True)
+        logps = of_label - top - total.log()
+        z /= total
     if not wanted:
-        return logps, None
-    minus_dz = z.exp_().scatter_add_(1, label, torch.full_like(z[:, :1], -1.0))  # p - onehot
+        return logps.squeeze(1), None
+    minus_dz = z.scatter_add_(1, label, torch.full_like(logps, -1.0))  # p - onehot
     if softcap:
         minus_dz *= slope
     if g is not None:
         minus_dz *= g
     if scale != 1:
         minus_dz *= scale
-    return logps, minus_dz
+    return logps.squeeze(1), minus_dz
 
 
 def differentiate_functionally(z, bias, label, scale, softcap, g, wanted):
@@ -647,5 +669,7 @@ def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float 
 
 def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
     """Rows a chunk: enough for the matmuls to run at full speed, few enough for the logits to be small beside the model."""
-    budget = 512 << 20 if hidden.is_cuda else 80 << 20  # bytes of fp32 logits
-    return max(256, budget // (4 * vocabulary) // 128 * 128)
+    budget = (512 if hidden.is_cuda else 96) << 20  # bytes of fp32 logits
+    most = max(256, budget // (4 * vocabulary) // 128 * 128)
+    n_rows = max(1, len(hidden))
+    return math.ceil(n_rows / math.ceil(n_rows / most))  # so that the last is not a small one

@@ -218,13 +218,14 @@ def main(config: Config) -> None:
     answers = {}  # "before" and "after" → graded answers to held-out prompts
 
     def evaluate(when: str | None = None) -> None:
-        if len(eval_ids):
-            log.add({"step": step, "counter": counter, **eval_metrics(model, eval_loader, device)})
-        if when and config.n_eval_answers:
-            packed_attention = model.config._attn_implementation
-            model.set_attn_implementation(own_attention)  # the packed one knows no cache
-            answers[when] = answer_prompts(model, encoder, eval_rows, eval_ids[:config.n_eval_answers], device)
-            model.set_attn_implementation(packed_attention)
+        with log.pause("evaluating"):
+            if len(eval_ids):
+                log.add({"step": step, "counter": counter, **eval_metrics(model, eval_loader, device)})
+            if when and config.n_eval_answers and len(eval_ids):
+                packed_attention = model.config._attn_implementation
+                model.set_attn_implementation(own_attention)  # the packed one knows no cache
+                answers[when] = answer_prompts(model, encoder, eval_rows, eval_ids[:config.n_eval_answers], device)
+                model.set_attn_implementation(packed_attention)
 
     def evaluate_if_due() -> None:
         if 0 < step < n_steps and is_due(config.eval_every):
@@ -240,22 +241,22 @@ def main(config: Config) -> None:
         folder = run_dir / "checkpoints" / f"step-{step}"
         state = dict(zip(STATE, (step, counter, skipped, skipped_in_a_row)))
         try:
-            save_checkpoint(folder, model, optimizer, {**state, "config": dataclasses.asdict(config), "data": data},
-                            run_dir / "metrics.jsonl")
+            with log.pause("saving"):
+                save_checkpoint(folder, model, optimizer, {**state, "config": dataclasses.asdict(config), "data": data},
+                                run_dir / "metrics.jsonl")
         except CheckpointError as error:
             if config.stop_if_save_fails:
                 raise CheckpointError(f"{error}; the last whole checkpoint: {latest}") from error
             log.say(f"warning: {error}; the run goes on")
             return latest
         prune_checkpoints(folder, config.keep_last)
-        log.restart_clock()
         return folder
 
     def export(name: str, whole: bool, checkpoint: Path | None = None) -> None:
         scheduler = {"step": step, "total_steps": n_steps, "warmup": config.warmup, "lr": config.lr}
         texts = {"metrics.json": log.last, "scheduler.json": scheduler, "sft_config.json": dataclasses.asdict(config)}
-        export_model(run_dir / name, model, tokenizer, texts, config.model.use_peft, whole, checkpoint)
-        log.restart_clock()
+        with log.pause("exporting"):
+            export_model(run_dir / name, model, tokenizer, texts, config.model.use_peft, whole, checkpoint)
 
     model.train()
     if start:
@@ -398,7 +399,8 @@ def make_model(config: Config, tokenizer, stop_id: int, device: torch.device):
     # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
     half = wanted.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported()
     model = load_model(wanted.load_from or wanted.name_or_path, None if wanted.load_from else wanted.random_init, tokenizer,
-                       stop_id, config.cache_dir, torch.bfloat16 if half else torch.float32, wanted.compile, sliced=True)
+                       stop_id, config.cache_dir, torch.bfloat16 if half else torch.float32,
+                       fuse=wanted.compile and device.type == "cuda", sliced=True)
     if wanted.use_peft:
         if wanted.load_lora_from:
             load_adapter(wanted.load_lora_from, model, peft.lora_dropout, model.has_new_tokens)
@@ -503,12 +505,18 @@ class Log:
             self.bar.update()
 
     def add(self, record: dict) -> None:
-        """Writes an evaluation, whose time is not counted to the step's."""
+        """Writes an evaluation."""
         self.write(record)
         self.say(f"step {record['step']}: held-out loss {record['loss/eval']:.4f}")
-        self.restart_clock()
 
-    def restart_clock(self) -> None:
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Says on the progress bar what is done between two steps, and keeps its time out of the second's."""
+        if self.rank == 0:
+            self.bar.set_description(what)
+        yield
+        if self.rank == 0:
+            self.bar.set_description("training")
         self.clock = time.perf_counter()
 
     def say(self, text: str) -> None:

@@ -6,8 +6,9 @@
 Each way to train runs in a process of its own, so that its peak memory is its own; they take turns, step by step, on the
 same rows. A real token is one that is not padding. What is compared:
     ours             this project's step: packed rows, the fused log-prob kernel, FSDP2, clipping, AdamW
-    ours, LoRA       the same with adapters on all linears (r 64)
-    PEFT's LoRA      the same, but for the layer, which is the peft package's
+    ours, compiled   the same with model.compile
+    ours, LoRA       ours with adapters on all linears (r 64)
+    PEFT's LoRA      the same, but with the peft package's layer
     padded           every row padded to max_length, whole logits, F.cross_entropy, AdamW: transformers as most begin with it
     TRL              its SFTTrainer as it comes, with the same batch and the loss on the answers, if trl is installed
     the limit        the body's forward and backward on the packed rows, and the head's three matmuls on the targets alone
@@ -38,7 +39,7 @@ from data import ChatEncoder, SFTDataLoader, tokenise
 from fsdp_utils import clip_gradients, init_processes, load_shards, shard_model
 from model_utils import enable_packing, load_model, load_tokenizer
 
-WAYS = ("ours", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "the limit")
+WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "the limit")
 
 
 def load_rows(args):
@@ -59,11 +60,12 @@ def load_batches(args, tokenizer, rows, packing: bool) -> list[list[dict]]:
     return steps[:-1]
 
 
-def make_ours(args, adapters: str | None = None):
+def make_ours(args, adapters: str | None = None, compiled: bool = False):
     """Returns step(i), which trains on the batch of step i."""
     _, _, device = init_processes()
+    compiled = compiled or args.compile
     tokenizer, encoder, rows = load_rows(args)
-    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile,
+    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=compiled,
                                                activation_checkpointing=args.checkpointing))
     if adapters == "PEFT's":
         import peft
@@ -76,7 +78,7 @@ def make_ours(args, adapters: str | None = None):
             model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         model = sft.make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", compile=args.compile)
+    shard_model(model, device, "target_logps", compile=compiled)
     load_shards(model, model.weight_files)
     optimizer = sft.make_optimizer(model, config)
     why_not = enable_packing(model, device)
@@ -203,7 +205,7 @@ def work(args) -> None:
         return run_trl(args, began, ended)
     adapters = {"ours, LoRA": "ours", "PEFT's LoRA": "PEFT's"}.get(args.way)
     makers = {"padded": make_padded, "the limit": make_limit}
-    step = makers.get(args.way, functools.partial(make_ours, adapters=adapters))(args)
+    step = makers.get(args.way, functools.partial(make_ours, adapters=adapters, compiled=args.way == "ours, compiled"))(args)
     for i in range(args.steps):
         began()
         step(i)
@@ -218,9 +220,9 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16, help="rows a step")
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="tokens a forward, with their padding")
-    parser.add_argument("--steps", type=int, default=4, help="the first of them warms up")
+    parser.add_argument("--steps", type=int, default=5, help="the first two warm up")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="in all of ours, with PEFT's layer too")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -245,7 +247,7 @@ def main() -> None:
             answer = json.loads(worker.stdout.readline() or sys.exit(f"{way} failed; VERBOSE=1 shows why"))
             speed[way].append(n_tokens / answer["seconds"])
             peak[way] = answer["peak"]
-    median = {way: statistics.median(values[1:]) for way, values in speed.items()}
+    median = {way: statistics.median(values[2:]) for way, values in speed.items()}
     table = [[way, f"{median[way]:,.0f}", *(f"{median[way] / median[other]:.2f}" if other in median else "" for other in
                                            ("padded", "TRL", "the limit")), f"{peak[way] / 1e9:.2f}"] for way in ways]
     print_table(["whole step", "real tokens/s", "x padded", "x TRL", "of the limit", "peak memory, GB"], table)

@@ -47,7 +47,7 @@ class ModelConfig:
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
     cpu_offload: bool = False  # keep shards, gradients and optimizer in the host's memory: for a model too large for the GPUs
     replicas: int = 1  # copies of the model, each sharded over as many neighbouring ranks: HSDP, one copy a machine
-    compile: bool = False  # compile each block, and the log-prob kernel's elementwise part: for a GPU, a minute at the start
+    compile: bool = False  # compile each block, and on a GPU the log-prob kernel's elementwise part: a minute at the start
     use_peft: bool = False  # train LoRA adapters, not the weights
     load_lora_from: str = ""  # folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale
     peft: PeftConfig = field(default_factory=PeftConfig)

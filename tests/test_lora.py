@@ -36,6 +36,7 @@ from model_utils import (
     LoRALinear,
     ModelError,
     add_lora,
+    draw_kept,
     enable_packing,
     load_adapter,
     load_model,
@@ -283,9 +284,19 @@ def test_a_starts_as_pefts():
     assert len({tuple(numbers) for numbers in drawn}) == len(drawn)  # no two layers start alike
 
 
+class SameDropout(nn.Dropout):
+    """PEFT's dropout with our draws."""
+
+    def forward(self, x):
+        return x * draw_kept(x, self.p) / (1 - self.p)
+
+
 def test_dropout_is_pefts():
     model = make_lora(dropout=0.3)
     twin, ids = make_twin(model, make_base(), lora_dropout=0.3), torch.arange(VOCABULARY)[None]
+    for module in twin.modules():
+        if type(module) is nn.Dropout and module.p:
+            module.__class__ = SameDropout
     outputs, grads = [], []
     for each in (model, twin):
         torch.manual_seed(6)
@@ -294,6 +305,28 @@ def test_dropout_is_pefts():
     close(outputs[0], outputs[1])
     close(grads[0], grads[1], GRADIENT)
     assert (outputs[0] - model(input_ids=ids).logits).abs().max() > 0.1  # another mask each time
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+def test_dropout_keeps_each_number_alike(p):
+    n = 2**20 + 3
+    torch.manual_seed(8)
+    kept, again = draw_kept(torch.empty(n), p), draw_kept(torch.empty(n), p)
+    torch.manual_seed(8)
+    equal(draw_kept(torch.empty(n), p), kept)
+    deviation = math.sqrt(p * (1 - p))
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=4 * deviation / math.sqrt(n))
+    centred = (kept.double() - kept.double().mean()) / deviation
+    for part in (centred[i::4] for i in range(4)):  # which come from the same 64 bits
+        assert abs(part.mean().item()) < 4 / math.sqrt(len(part))
+    for lag in (1, 2, 3, 4, 64):  # nor does one tell of another
+        assert abs((centred[lag:] * centred[:-lag]).mean().item()) < 4.5 / math.sqrt(n)
+    assert abs((centred * (again.double() - again.double().mean())).mean().item() / deviation) < 4.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (2, 1, 7)])
+def test_dropout_has_the_shape_of_what_it_drops(shape):
+    assert (draw_kept(torch.empty(shape), 0.5).shape, draw_kept(torch.empty(shape), 0.5).dtype) == (shape, torch.bool)
 
 
 def test_no_dropout_in_eval():

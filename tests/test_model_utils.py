@@ -153,6 +153,22 @@ def test_kernel_as_it_is_written_for_the_compiler(chunks_of_7, dtype, head, unif
         assert_as_exact_as_naive(tensors, labels, EVERYTHING, upstream_of(labels, uniform), options, uniform=uniform, fuse=True)
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_kernel_takes_logits_by_rows_and_by_columns(head, wanted):
+    options = {"scale": 1.0, "softcap": None, "bias": None} | HEADS[head]
+    options["bias"] = torch.randn(97).double() if options["bias"] else None
+    logits, labels = 3 * torch.randn(11, 97).double(), torch.randint(97, (11, 1))
+    expected = model_utils.differentiate_functionally(logits, label=labels, g=None, wanted=wanted, **options)
+    assert (expected[1] is not None) == wanted
+    for z in (logits.clone(), logits.T.contiguous().T):
+        logps, minus_dz = model_utils.differentiate_in_place(z, label=labels, g=None, wanted=wanted, **options)
+        torch.testing.assert_close(logps, expected[0], rtol=1e-12, atol=1e-14)
+        if wanted:
+            torch.testing.assert_close(minus_dz, expected[1], rtol=1e-12, atol=1e-14)
+            assert minus_dz.data_ptr() == z.data_ptr()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("fuse", [False, True])
 def test_kernel_on_a_gpu(fuse):
@@ -268,7 +284,7 @@ def can_reset_peak() -> bool:
 def test_memory_is_that_of_a_chunk(mode):
     """The whole logits would be 2048 * 131072 * 4 = 1.07 GB, and with their gradient twice that."""
     extra = int(run_well("-c", MEASURE, mode, cwd=ROOT))
-    rows = model_utils.chunk_rows(torch.empty(1, 64), 131_072)
+    rows = model_utils.chunk_rows(torch.empty(2048, 64), 131_072)
     chunk, gradients = 4 * rows * 131_072, 4 * 64 * (131_072 + 2048)
     assert extra <= gradients + 1.5 * chunk + (16 << 20)  # one buffer, not two
 

@@ -546,6 +546,27 @@ def test_a_tied_model_trains_from_bf16_files_padded_and_recomputed(folder, more)
         assert moved > 1e-2 and (final.get_parameter(name) - parameter).norm() < 5e-5 * moved, name
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs on a CPU")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_compiled_run_is_the_same(folder, straight, adapters, tmp_path):
+    argv = ["--config", folder / "config.py", f"datasets=[{folder}/train.jsonl]", "eval_datasets=[]", "n_examples=16",
+            f"model.name_or_path={folder}/untied", "warmup=0.5", "do_first_eval=false", f"model.use_peft={adapters}".lower(),
+            "model.peft.lora_r=4", "eval_fraction=0", "n_eval_answers=2"]  # of no rows
+    compiled = ["model.compile=true", "model.activation_checkpointing=true"]
+    for name, more in (("plain", []), ("compiled", compiled)):
+        run_well(SFT, *argv, f"exp_name={name}", *more, n_processes=2, cwd=tmp_path, timeout=400)
+    plain, own = (records(tmp_path / "runs" / name)[0] for name in ("plain", "compiled"))
+    assert len(plain) == 2
+    for key in ("loss/train", "grad_norm"):
+        assert [step[key] for step in own] == pytest.approx([step[key] for step in plain], rel=1e-5), key
+    start, its, own = (load_file(path / "model.safetensors") for path in
+                       (folder / "untied", tmp_path / "runs/plain/FINAL", tmp_path / "runs/compiled/FINAL"))
+    moved = {name: (its[name] - start[name]).norm() for name in its}
+    assert sum(norm > 1e-3 for norm in moved.values()) >= 14  # the linears at least
+    for name, norm in moved.items():
+        assert (own[name] - its[name]).norm() <= 1e-4 * norm, name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
