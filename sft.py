@@ -218,10 +218,11 @@ def main(config: Config) -> None:
     answers = {}  # "before" and "after" → graded answers to held-out prompts
 
     def evaluate(when: str | None = None) -> None:
+        if not len(eval_ids):
+            return
         with log.pause("evaluating"):
-            if len(eval_ids):
-                log.add({"step": step, "counter": counter, **eval_metrics(model, eval_loader, device)})
-            if when and config.n_eval_answers and len(eval_ids):
+            log.add({"step": step, "counter": counter, **eval_metrics(model, eval_loader, device)})
+            if when and config.n_eval_answers:
                 packed_attention = model.config._attn_implementation
                 model.set_attn_implementation(own_attention)  # the packed one knows no cache
                 answers[when] = answer_prompts(model, encoder, eval_rows, eval_ids[:config.n_eval_answers], device)
@@ -514,10 +515,12 @@ class Log:
         """Says on the progress bar what is done between two steps, and keeps its time out of the second's."""
         if self.rank == 0:
             self.bar.set_description(what)
-        yield
-        if self.rank == 0:
-            self.bar.set_description("training")
-        self.clock = time.perf_counter()
+        try:
+            yield
+        finally:  # a run may go on where it can't save
+            if self.rank == 0:
+                self.bar.set_description("training")
+            self.clock = time.perf_counter()
 
     def say(self, text: str) -> None:
         if self.rank == 0:

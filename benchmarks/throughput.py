@@ -60,12 +60,11 @@ def load_batches(args, tokenizer, rows, packing: bool) -> list[list[dict]]:
     return steps[:-1]
 
 
-def make_ours(args, adapters: str | None = None, compiled: bool = False):
+def make_ours(args, adapters: str | None = None):
     """Returns step(i), which trains on the batch of step i."""
     _, _, device = init_processes()
-    compiled = compiled or args.compile
     tokenizer, encoder, rows = load_rows(args)
-    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=compiled,
+    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile,
                                                activation_checkpointing=args.checkpointing))
     if adapters == "PEFT's":
         import peft
@@ -78,7 +77,7 @@ def make_ours(args, adapters: str | None = None, compiled: bool = False):
             model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         model = sft.make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", compile=compiled)
+    shard_model(model, device, "target_logps", compile=args.compile)
     load_shards(model, model.weight_files)
     optimizer = sft.make_optimizer(model, config)
     why_not = enable_packing(model, device)
@@ -205,7 +204,8 @@ def work(args) -> None:
         return run_trl(args, began, ended)
     adapters = {"ours, LoRA": "ours", "PEFT's LoRA": "PEFT's"}.get(args.way)
     makers = {"padded": make_padded, "the limit": make_limit}
-    step = makers.get(args.way, functools.partial(make_ours, adapters=adapters, compiled=args.way == "ours, compiled"))(args)
+    args.compile |= args.way == "ours, compiled"
+    step = makers.get(args.way, functools.partial(make_ours, adapters=adapters))(args)
     for i in range(args.steps):
         began()
         step(i)

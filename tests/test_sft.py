@@ -548,7 +548,7 @@ def test_a_tied_model_trains_from_bf16_files_padded_and_recomputed(folder, more)
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs on a CPU")
 @pytest.mark.parametrize("adapters", [False, True])
-def test_a_compiled_run_is_the_same(folder, straight, adapters, tmp_path):
+def test_a_compiled_run_is_the_same(folder, adapters, tmp_path):
     argv = ["--config", folder / "config.py", f"datasets=[{folder}/train.jsonl]", "eval_datasets=[]", "n_examples=16",
             f"model.name_or_path={folder}/untied", "warmup=0.5", "do_first_eval=false", f"model.use_peft={adapters}".lower(),
             "model.peft.lora_r=4", "eval_fraction=0", "n_eval_answers=2"]  # of no rows
