@@ -615,6 +615,13 @@ def collate_padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> di
     return as_batch(ids, trained, mask, np.arange(longest)[None].repeat(len(rows), 0), longest, None)
 
 
+def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts to be answered → (ids, mask), (B, T) int64: they end together, so that their answers begin together."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+    return ids, torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
 def as_batch(ids, trained, mask, positions, longest, ends) -> dict:
     batch = {"target_combined_input_ids": ids, "target_combined_attention_mask": mask,
              "target_labels": np.where(trained, ids, IGNORE), "target_positions": np.flatnonzero(trained),

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -71,30 +72,33 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(outermost, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
-def shard_model(model: nn.Module, device: torch.device, *methods: str, compile: bool = False, cpu_offload: bool = False,
-                replicas: int = 1) -> None:
+def shard_model(model: nn.Module, device: torch.device, *methods: str, recompute: bool = False, compile: bool = False,
+                cpu_offload: bool = False, replicas: int = 1) -> None:
     """Shards each block and then the rest, in place: FSDP2 gathers one block at a time, computes, and frees it.
 
     With `replicas` the ranks fall into so many groups of neighbours; each group shards the model among its own, and gradients
     are summed over the groups too (HSDP: a group is a machine, between which no weights need to travel).
 
-    `methods` are the names of those that compute with the weights, as forward does. `compile` compiles each block by
-    itself: the blocks are alike, so that it takes no longer than compiling one. `cpu_offload` keeps shards, gradients and
+    `methods` are the names of those that compute with the weights, as forward does. `recompute` keeps only each block's input
+    for the backward, which computes the rest again (activation checkpointing, Chen et al. 2016). `compile` compiles each block
+    by itself: the blocks are alike, so that it takes no longer than compiling one. `cpu_offload` keeps shards, gradients and
     optimizer in the host's memory. Parameters on the meta device get memory, a block at a time, and load_shards fills it.
 
     Weights, their gradients' reduction and so the optimizer stay fp32; on a GPU that has bf16 the compute is bf16.
     Gradients are summed over the ranks, not averaged: the loss is divided by the global target count already.
     """
     policy = MixedPrecisionPolicy()
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     sizes = ({"replicate": replicas} if replicas > 1 else {}) | {"shard": dist.get_world_size() // replicas}
     mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     blocks = find_blocks(model)
     for module in (*blocks, model):
-        if compile and module is not model:
-            module.forward = torch.compile(module.forward)  # not the block: the hooks of sharding and checkpointing stay outside
+        if compile and module is not model:  # the forward, not the block: the hooks of sharding stay outside
+            module.forward = torch.compile(module.forward)
+        if recompute and module is not model:
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         allocate(module, device)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in (model, *blocks) if dist.get_world_size() > 1 else ():  # alone, FSDP2 would divide each gradient by it
@@ -118,15 +122,15 @@ def allocate(module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def load_shards(model: nn.Module, files: dict[str, str]) -> None:
-    """Fills the weights from safetensors files, {name: file}, of which each rank reads its own slices only."""
+def load_shards(model: nn.Module, weights: dict[str, tuple[str, str]]) -> None:
+    """Fills weights from {name: (safetensors file, its name there)}, of which each rank reads its own slices only."""
     state = model.state_dict()
-    bar = tqdm(total=len(files), desc="loading", unit=" weights", disable=not files or os.environ.get("RANK", "0") != "0")
-    for file in sorted(set(files.values())):
+    bar = tqdm(total=len(weights), desc="loading", unit=" weights", disable=not weights or os.environ.get("RANK", "0") != "0")
+    for file in sorted({file for file, _ in weights.values()}):
         with safe_open(file, "pt") as tensors:
-            for name in (name for name in files if files[name] == file):
+            for name, written in ((name, place[1]) for name, place in weights.items() if place[0] == file):
                 bar.update()
-                source, target = tensors.get_slice(name), state[name]
+                source, target = tensors.get_slice(written), state[name]
                 start, stop = 0, len(target)
                 if isinstance(target, DTensor):  # sharded by its first dimension as torch.chunk does, over the mesh's last
                     mesh = target.device_mesh
@@ -143,11 +147,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     return nn.utils.clip_grad_norm_(parameters, max_norm).full_tensor()
 
 
-def all_reduce_sums(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adds up each key's tensor over the ranks, in one collective. All ranks must hold the same keys and shapes."""
+def all_reduce_means(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Adds up each key's [sum, count] over the ranks, in one collective, and divides. All ranks must hold the same keys."""
     total = torch.stack(list(sums.values()))
     dist.all_reduce(total)
-    return dict(zip(sums, total))
+    return dict(zip(sums, (total[:, 0] / total[:, 1]).tolist()))  # waits for the device, once
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +377,7 @@ def gather_in_parts(model: nn.Module, limit: float, trained_only: bool = False) 
         return block[0] if block else ""
 
     part, size = {}, 0
+    bar = tqdm(total=len(wanted), desc="gathering", unit=" weights", leave=False, disable=dist.get_rank() > 0)
     for _, group in itertools.groupby(wanted, block_of):
         group = list(group)
         more = sum(tensor.nbytes for _, tensor in group)
@@ -385,4 +390,6 @@ def gather_in_parts(model: nn.Module, limit: float, trained_only: bool = False) 
                 tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
             if dist.get_rank() == 0:
                 part[name] = tensor.cpu()
+            bar.update()
+    bar.close()
     yield part

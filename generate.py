@@ -55,7 +55,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
-from data import ChatEncoder, DataError, list_files, read_rows, to_messages
+from data import ChatEncoder, DataError, list_files, pad_left, read_rows, to_messages
 from model_utils import LoRALinear, ModelError, load_adapter, load_model, load_tokenizer, lora_names, merge_lora
 
 
@@ -76,7 +76,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, ChatEncoder]:
     name = next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), base)
     encoder = ChatEncoder(load_tokenizer(name, args.cache_dir), sys.maxsize, sys.maxsize)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     model = load_model(base, None, encoder.tokenizer, encoder.stop_id, args.cache_dir, dtype)
     if adapter:
         load_adapter(str(adapter), model, dropout=0.0)
@@ -172,12 +172,10 @@ def encode_prompt(encoder: ChatEncoder, messages: list[dict], where: str) -> lis
 @torch.inference_mode()
 def generate(model: nn.Module, prompts: list[list[int]], streamer: TextStreamer | None = None) -> list[list[int]]:
     """Ids of prompts, padded on the left → ids of their answers, up to the token that ends them and without it."""
-    longest, stops = max(map(len, prompts)), model.generation_config.eos_token_id
-    ids = [[model.generation_config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    output = model.generate(input_ids=torch.tensor(ids, device=model.device), streamer=streamer,
-                            attention_mask=torch.tensor(mask, device=model.device))
-    return [list(itertools.takewhile(lambda token: token not in stops, ids)) for ids in output[:, longest:].tolist()]
+    ids, mask = pad_left(prompts, model.generation_config.pad_token_id)
+    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), streamer=streamer)
+    stops, answers = model.generation_config.eos_token_id, output[:, ids.shape[1]:].tolist()
+    return [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in answers]
 
 
 def to_text(encoder: ChatEncoder, ids: list[int]) -> str:

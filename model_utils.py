@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
 try:
@@ -60,8 +62,8 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: 
 
     `random_init` describes a new one (a transformers config; its vocabulary is the tokenizer's), instead of loading it.
     What is trained must be fp32: half of AdamW's steps are too small to change a bf16 weight. `fuse` is linear_logps'.
-    If `sliced`, its weights are left to be read when it is sharded, from model.weight_files, {name: safetensors file}, where
-    the files hold them just as the model does; that is empty where the weights are here already. Raises ModelError.
+    If `sliced`, its weights are left to be read when it is sharded, from model.weight_files, {name: (safetensors file, name
+    there)}, where the files hold each as the model does; that is empty where the weights are here already. Raises ModelError.
     """
     weight_files = {}
     if random_init:
@@ -123,28 +125,39 @@ class Unallocated(TorchFunctionMode):
 
 
 def make_empty_model(name_or_path: str, cache_dir: str, dtype: torch.dtype, vocabulary: int):
-    """Returns (model, {name: file} of its weights), the latter empty where they must be loaded by transformers: renamed or
-    fused in the files, or with rows to be added for new tokens."""
+    """Returns (model, {name: (file, name in it)} of its weights), the latter empty where they must be loaded by transformers:
+    cut otherwise in the files than in the model, or with rows to be added for new tokens."""
     files = find_weights(name_or_path, cache_dir)
     config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     with Unallocated():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     if cached_file(name_or_path, "generation_config.json", cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
+    conversions = get_model_conversion_mapping(model)
+    places, fits = {}, True
+    for written, file in files.items():
+        name = written
+        for conversion in conversions:
+            name, matched = conversion.rename_source_key(name)
+            fits &= isinstance(conversion, WeightRenaming) or not matched
+        places[name] = file, written
     state = model.state_dict()
     tied = getattr(model, "all_tied_weights_keys", {})
     ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
-    strangers = [name for name in files.keys() - state.keys() if not any(re.search(pattern, name) for pattern in ignored)]
-    fits = not strangers and files.keys() >= state.keys() - tied.keys() and len(model.get_input_embeddings().weight) >= vocabulary
-    for file in set(files.values()) if fits else ():
+    strangers = [name for name in places.keys() - state.keys() if not any(re.search(pattern, name) for pattern in ignored)]
+    fits &= not strangers and places.keys() >= state.keys() - tied.keys()
+    if not fits or len(model.get_input_embeddings().weight) < vocabulary:
+        return model, {}
+    for file in set(files.values()):
         with safe_open(file, "pt") as tensors:
-            for name in (name for name in tensors.keys() if name in state):
-                tensor, shape = tensors.get_slice(name), list(state[name].shape)
+            for name, written in ((name, place[1]) for name, place in places.items() if place[0] == file and name in state):
+                tensor, shape = tensors.get_slice(written), list(state[name].shape)
                 if tensor.get_shape() != shape:
-                    raise ModelError(f"{file}: {name} has the shape {tensor.get_shape()}, the model's is {shape}")
+                    raise ModelError(f"{file}: {written} has the shape {tensor.get_shape()}, the model's is {shape}")
                 if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ModelError(f"{file}: {name} is {tensor.get_dtype()}: quantised weights can't be fine-tuned")
-    return model, {name: file for name, file in files.items() if name in state and name not in tied} if fits else {}
+                    raise ModelError(f"{file}: {written} is {tensor.get_dtype()}: quantised weights can't be fine-tuned")
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]  # undone when it is saved
+    return model, {name: place for name, place in places.items() if name in state and name not in tied}
 
 
 def find_weights(name_or_path: str, cache_dir: str) -> dict[str, str]:
@@ -379,7 +392,9 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     if attention_mask is not None and attention_mask != sliding_window:
         raise ValueError("only its mask knows of the window")
     groups = query.shape[1] // key.shape[1]
-    if query.is_cuda and varlen_attn and not softcap and not dropout and query.shape[-1] <= 256:
+    # flash attention takes two types, and heads of these sizes
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in range(8, 257, 8)
+    if query.is_cuda and varlen_attn and fits and not softcap and not dropout:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         window = (sliding_window - 1 if sliding_window else -1, 0)  # none to the right: causal

@@ -39,11 +39,22 @@ from tokenizers import AddedToken
 from torch import nn
 from tqdm import tqdm
 
-from data import IGNORE, ChatEncoder, DataError, SFTDataLoader, TokenisedRows, list_files, split_rows, to_messages, tokenise
+from data import (
+    IGNORE,
+    ChatEncoder,
+    DataError,
+    SFTDataLoader,
+    TokenisedRows,
+    list_files,
+    pad_left,
+    split_rows,
+    to_messages,
+    tokenise,
+)
 from fsdp_utils import (
     CheckpointError,
     ShardingError,
-    all_reduce_sums,
+    all_reduce_means,
     clip_gradients,
     find_checkpoint,
     init_processes,
@@ -186,10 +197,10 @@ def main(config: Config) -> None:
         return print(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew") if rank == 0 else None
     torch.manual_seed(config.seed)
     model = make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", compile=config.model.compile, cpu_offload=config.model.cpu_offload,
-                replicas=config.model.replicas)
+    shard_model(model, device, "target_logps", recompute=config.model.activation_checkpointing, compile=config.model.compile,
+                cpu_offload=config.model.cpu_offload, replicas=config.model.replicas)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    load_shards(model, {name: file for name, file in model.weight_files.items() if not (start and name in trained)})
+    load_shards(model, {name: place for name, place in model.weight_files.items() if not (start and name in trained)})
     optimizer = make_optimizer(model, config)
     if start:
         load_checkpoint(start, model, optimizer)
@@ -281,7 +292,7 @@ def main(config: Config) -> None:
                 group["lr"] = lr
             grad_norm = clip_gradients(model.parameters(), config.model.max_grad_norm).item()
             sums["signals"] = torch.tensor([len(signals), 1], dtype=torch.float64, device=device)
-            means = {key: (total / count).item() for key, (total, count) in all_reduce_sums(sums).items()}
+            means = all_reduce_means(sums)
             sums.clear()
             stop = means.pop("signals") > 0 and step < n_steps
             if math.isfinite(grad_norm) and math.isfinite(means["loss/train"]):  # the same on every rank
@@ -398,7 +409,7 @@ def make_model(config: Config, tokenizer, stop_id: int, device: torch.device):
     """Returns the model to train, before it is sharded and filled, with adapters where they are what is trained."""
     wanted, peft = config.model, config.model.peft
     # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
-    half = wanted.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = wanted.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model = load_model(wanted.load_from or wanted.name_or_path, None if wanted.load_from else wanted.random_init, tokenizer,
                        stop_id, config.cache_dir, torch.bfloat16 if half else torch.float32,
                        fuse=wanted.compile and device.type == "cuda", sliced=True)
@@ -408,8 +419,6 @@ def make_model(config: Config, tokenizer, stop_id: int, device: torch.device):
         else:
             add_lora(model, peft.lora_r, peft.lora_alpha, peft.lora_dropout, peft.target_modules, peft.use_rslora,
                      model.has_new_tokens)
-    if wanted.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -422,11 +431,13 @@ def eval_metrics(model: nn.Module, loader: SFTDataLoader, device: torch.device) 
     """Returns the exact mean of each metric over the loader's rows, on every rank."""
     model.eval()
     sums = Counter()
-    for batch in loader:
-        _, metrics = get_batch_metrics(model, to_device(batch, device), "eval", batch["global_target_count"])
-        sums.update(metrics)
+    with tqdm(total=loader.n_examples, desc="evaluating", unit=" rows", leave=False, disable=dist.get_rank() > 0) as bar:
+        for batch in loader:
+            _, metrics = get_batch_metrics(model, to_device(batch, device), "eval", batch["global_target_count"])
+            sums.update(metrics)
+            bar.update(batch["n_examples"] * batch["ends_step"])
     model.train()
-    return {key: (total / count).item() for key, (total, count) in all_reduce_sums(sums).items()}
+    return all_reduce_means(sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,15 +620,13 @@ def answer_prompts(model: nn.Module, encoder: ChatEncoder, rows: TokenisedRows, 
         *conversation, last = to_messages(row)
         prompts.append(encoder.ids(encoder.render(encoder.fold_system(conversation), for_answer=True)))
         results.append({"skill": row.get("skill", "all"), "prompt": conversation[-1]["content"], "expected": last["content"]})
-    longest = max(map(len, prompts), default=1)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts] or [[pad]], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts] or [[1]], device=device)
+    ids, mask = pad_left(prompts or [[tokenizer.pad_token_id]], tokenizer.pad_token_id)
     model.eval()  # a rank that has finished goes on with the others: generate gathers the weights for every token
-    output = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None,
-                            max_new_tokens=min(256, encoder.max_length - encoder.max_prompt_length), synced_gpus=world_size > 1)
+    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False, temperature=None,
+                            top_p=None, top_k=None, synced_gpus=world_size > 1,
+                            max_new_tokens=min(256, encoder.max_length - encoder.max_prompt_length))
     model.train()
-    for result, generated in zip(results, output[:, longest:]):
+    for result, generated in zip(results, output[:, ids.shape[1]:]):
         result["answer"] = tokenizer.decode(generated, skip_special_tokens=True)
     everyone = [None] * world_size
     dist.all_gather_object(everyone, results)

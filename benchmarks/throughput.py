@@ -10,7 +10,9 @@ same rows. A real token is one that is not padding. What is compared:
     ours, LoRA       ours with adapters on all linears (r 64)
     PEFT's LoRA      the same, but with the peft package's layer
     padded           every row padded to max_length, whole logits, F.cross_entropy, AdamW: transformers as most begin with it
-    TRL              its SFTTrainer as it comes, with the same batch and the loss on the answers, if trl is installed
+    TRL              its SFTTrainer as it comes, with the same batch and the loss on the answers, if trl is installed;
+                     it comes with activation checkpointing
+    TRL, no checkpointing
     the limit        the body's forward and backward on the packed rows, and the head's three matmuls on the targets alone
 """
 
@@ -39,7 +41,7 @@ from data import ChatEncoder, SFTDataLoader, tokenise
 from fsdp_utils import clip_gradients, init_processes, load_shards, shard_model
 from model_utils import enable_packing, load_model, load_tokenizer
 
-WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "the limit")
+WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "TRL, no checkpointing", "the limit")
 
 
 def load_rows(args):
@@ -64,8 +66,7 @@ def make_ours(args, adapters: str | None = None):
     """Returns step(i), which trains on the batch of step i."""
     _, _, device = init_processes()
     tokenizer, encoder, rows = load_rows(args)
-    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile,
-                                               activation_checkpointing=args.checkpointing))
+    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile))
     if adapters == "PEFT's":
         import peft
         model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache",
@@ -73,11 +74,9 @@ def make_ours(args, adapters: str | None = None):
         settings = {key: getattr(config.model.peft, key) for key in ("lora_alpha", "lora_dropout", "target_modules")}
         model = peft.get_peft_model(model, peft.LoraConfig(r=config.model.peft.lora_r, task_type="CAUSAL_LM", **settings))
         model = model.get_base_model()
-        if args.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         model = sft.make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", compile=args.compile)
+    shard_model(model, device, "target_logps", recompute=args.checkpointing, compile=args.compile)
     load_shards(model, model.weight_files)
     optimizer = sft.make_optimizer(model, config)
     why_not = enable_packing(model, device)
@@ -173,7 +172,7 @@ def run_trl(args, step_began, step_ended) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             output_dir=folder, per_device_train_batch_size=per_forward, max_steps=args.steps, max_length=args.max_length,
-            gradient_accumulation_steps=args.batch_size // per_forward, gradient_checkpointing=args.checkpointing,
+            gradient_accumulation_steps=args.batch_size // per_forward, gradient_checkpointing=args.way == "TRL",
             bf16=args.device == "cuda", use_cpu=args.device == "cpu", train_sampling_strategy="sequential",
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
         trainer = SFTTrainer(args.model, train_dataset=datasets.Dataset.from_list(sources), processing_class=tokenizer,
@@ -200,7 +199,7 @@ def work(args) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
 
     answers, sys.stdout = sys.stdout, sys.stderr
-    if args.way == "TRL":
+    if args.way.startswith("TRL"):
         return run_trl(args, began, ended)
     adapters = {"ours, LoRA": "ours", "PEFT's LoRA": "PEFT's"}.get(args.way)
     makers = {"padded": make_padded, "the limit": make_limit}
@@ -229,7 +228,7 @@ def main() -> None:
     if args.way:
         return work(args)
 
-    needs = {"TRL": "trl", "PEFT's LoRA": "peft"}
+    needs = {"TRL": "trl", "TRL, no checkpointing": "trl", "PEFT's LoRA": "peft"}
     ways = [way for way in args.ways if importlib.util.find_spec(needs.get(way, "torch"))]
     *_, rows = load_rows(args)
     lengths = rows.lengths[:args.batch_size * args.steps].reshape(args.steps, args.batch_size).sum(1)

@@ -28,7 +28,7 @@ from data import IGNORE, SFTDataLoader, TokenisedRows
 from fsdp_utils import (
     CheckpointError,
     ShardingError,
-    all_reduce_sums,
+    all_reduce_means,
     clip_gradients,
     find_blocks,
     find_checkpoint,
@@ -49,8 +49,8 @@ N_ROWS, BATCH = 19, 16  # a step of 16 rows, and one of 3: less than 4 ranks hav
 MAX_NORM = 0.05
 CASES = {f"{name}, {cut}": {"packing": name == "packed", **options} for name in ("packed", "padded")
          for cut, options in {"whole": {}, "accumulated": {"accumulation": 4}, "few tokens": {"microbatch_tokens": 70}}.items()}
-CASES |= {"packed, recomputed": {"activation_checkpointing": True, "microbatch_tokens": 70},
-          "padded, recomputed": {"activation_checkpointing": True, "packing": False},
+CASES |= {"packed, recomputed": {"recompute": True, "microbatch_tokens": 70},
+          "padded, recomputed": {"recompute": True, "packing": False},
           "packed, replicated": {"replicas": 2, "microbatch_tokens": 70}, "packed, offloaded": {"cpu_offload": True},
           "packed, tied": {"kind": "tied"}, "padded, tied": {"kind": "tied", "packing": False}}
 worlds, cases = pytest.mark.parametrize("world", WORLD_SIZES), pytest.mark.parametrize("case", CASES)
@@ -99,8 +99,8 @@ def results(folder) -> dict[int, dict]:
 def work(folder: Path) -> None:
     rank, world_size, device = init_processes()
     rows = TokenisedRows(folder / "rows", [])
-    numbers = {"a": torch.tensor([1.0, rank]), "b": torch.tensor([10.0 ** rank, 0.5])}
-    results = {"process": [rank, world_size, device.type], "sums": all_reduce_sums(numbers)}
+    numbers = {"a": torch.tensor([float(rank), 1.0]), "b": torch.tensor([10.0 ** rank, 0.5])}
+    results = {"process": [rank, world_size, device.type], "means": all_reduce_means(numbers)}
     for name, case in CASES.items():
         model, _, calls = start(folder, **case)
         results[name] = [*steps(model, calls, rows, rank, world_size, **case)]
@@ -111,16 +111,17 @@ def work(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def start(folder: Path, kind: str = "untied", packing: bool = True, activation_checkpointing: bool = False,
+def start(folder: Path, kind: str = "untied", packing: bool = True, recompute: bool = False,
           resume: Path | None = None, replicas: int = 1, cpu_offload: bool = False, **_):
     """Returns (the sharded model, its optimizer, a counter of how often each block is computed)."""
-    config = Config(model=ModelConfig(name_or_path=str(folder / kind), activation_checkpointing=activation_checkpointing))
+    config = Config(model=ModelConfig(name_or_path=str(folder / kind)))
     device = torch.device("cpu")
     model = make_model(config, load_tokenizer(str(folder / "untied"), ""), 2, device)
     calls = Counter()
     for i, block in enumerate(find_blocks(model)):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # recomputing stops before its end
-    shard_model(model, device, "target_logps", cpu_offload=cpu_offload, replicas=min(replicas, dist.get_world_size()))
+    shard_model(model, device, "target_logps", recompute=recompute, cpu_offload=cpu_offload,
+                replicas=min(replicas, dist.get_world_size()))
     load_shards(model, model.weight_files)
     optimizer = make_optimizer(model, Config(lr=1e-2))
     if resume:
@@ -145,7 +146,7 @@ def steps(model, calls, rows, rank, world_size, packing=True, accumulation=1, mi
         parameters = dict(model.named_parameters())
         results = {"norm": clip_gradients(model.parameters(), 1e9), "gradients": whole_gradients(parameters)}
         results |= {"norm again": clip_gradients(model.parameters(), MAX_NORM), "clipped": whole_gradients(parameters)}
-        results |= {key: (total / count).item() for key, (total, count) in all_reduce_sums(sums).items()}
+        results |= all_reduce_means(sums)
         counts = torch.tensor([n_microbatches, -n_microbatches, n_empty])
         dist.all_reduce(counts, dist.ReduceOp.MAX)
         yield results | {"microbatches": counts.tolist(), "calls": dict(calls)}
@@ -286,11 +287,9 @@ def test_the_cases_differ_in_what_they_compute(results):
 
 
 @worlds
-def test_every_process_knows_its_place_and_sums_go_over_all(results, world):
+def test_every_process_knows_its_place_and_means_go_over_all(results, world):
     assert results[world]["process"] == [0, world, "cpu"]
-    sums = results[world]["sums"]
-    assert sums["a"].tolist() == [world, sum(range(world))]
-    assert sums["b"].tolist() == [float("1" * world), 0.5 * world]
+    assert results[world]["means"] == {"a": sum(range(world)) / world, "b": float("1" * world) / (0.5 * world)}
 
 
 @worlds

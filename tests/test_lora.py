@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.base import Config
@@ -340,7 +341,8 @@ def test_activation_checkpointing_draws_the_same_dropout_again():
     for checkpointing in (False, True):
         model = make_lora(dropout=0.3).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for block in model.model.layers:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         torch.manual_seed(7)
         grads.append(gradients(our_loss(model, rows, collate_padded), adapters(model)))
     equal(*grads)
@@ -785,12 +787,10 @@ def worker(folder: Path) -> None:
         dtype = getattr(torch, job.get("dtype", "float32"))
         model = load_model(str(folder / job["base"]), None, tokenizer, encoder.stop_id, str(folder), dtype)
         load_adapter(str(folder / name / "start"), model, 0.0, model.has_new_tokens)
-        if job.get("checkpointing"):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         if dtype == torch.bfloat16:
             shard_in_bf16(model)
         else:
-            shard_model(model, device, "target_logps")
+            shard_model(model, device, "target_logps", recompute=job.get("checkpointing", False))
         named = dict(model.named_parameters())  # before a forward, which leaves the root's parameters gathered
         kinds = {key: (isinstance(parameter, DTensor), str(parameter.dtype), parameter.requires_grad)
                  for key, parameter in named.items()}
