@@ -5,7 +5,6 @@
 """
 
 import argparse
-import time
 
 import torch
 import torch.nn.functional as F
@@ -62,16 +61,10 @@ def main() -> None:
         labels = torch.randint(v, (n,), device=args.device)
         runs = candidates(hidden, weight, labels)
         gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
-        extra, took = {}, {}
+        extra = {}
         for name, run in runs.items():
             hidden.grad = weight.grad = None
-            started = time.perf_counter()
             extra[name] = peak_extra_memory(run, args.device) - (0 if "limit" in name else gradients)
-            took[name] = time.perf_counter() - started
-        least = min(took.values())
-        for name in [name for name in runs if took[name] > 20 * least]:
-            print(f"{name}, left out of what follows: {took[name]:.0f} s the first time, where {least:.1f} s are possible")
-            del runs[name]
         seconds = time_interleaved(runs, args.repeats, args.device)
         limit = seconds["three matmuls (the limit)"]
         print(f"\nN {n}, H {h}, V {v}: the limit is {limit * 1e3:.0f} ms = {6 * n * h * v / limit / 1e9:.0f} GFLOP/s")
