@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, run_well, write_model
 from tokenizers import AddedToken
 
 from data import ChatEncoder, encode_rows, to_messages, tokenise
 from hub import CONTROL_TOKENS, SOURCES, HubError, clean, fetch, find_threads, mix, parse_weight, select_shp
 from make_tiny import make_rows, train_tokenizer
 from model_utils import load_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def talk(*texts: str) -> list[dict]:
@@ -467,3 +466,13 @@ def test_mixed_rows_are_those_of_the_files(tmp_path):
     rows = tokenise(list(paths), encoder, str(tmp_path))
     mixed = mix(np.arange(len(rows)), np.array(weights), rows.file_of, seed=1)
     assert Counter(Path(rows.where(row).rpartition(":")[0]).name for row in mixed) == {"a.jsonl": 6, "b.jsonl": 2}
+
+
+def test_a_run_trains_on_the_train_splits_by_weight_and_evaluates_on_the_test_splits(hub, tmp_path):
+    """Where a folder owner/name lies in the working directory, `datasets` reads it in the place of the repository."""
+    write_model(tmp_path / "model")
+    said = run_well(ROOT / "sft.py", "--config", ROOT / "configs/tiny.py", "datasets=[ultrachat*3]",
+                    "eval_datasets=[]", "n_epochs=1", "n_eval_answers=0", f"cache_dir={tmp_path}", "model.batch_size=2",
+                    f"model.tokenizer_name_or_path={tmp_path}/model", cwd=hub)
+    assert "6 examples = 3 steps of 2" in said and "eval: 1 of 1 held-out rows" in said
+    assert (tmp_path / "tiny/FINAL/model.safetensors").is_file()
