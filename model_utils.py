@@ -84,6 +84,8 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: 
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
 
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers 5.17's sdpa leaves the softcap out
     old_size = model.get_input_embeddings().num_embeddings
     model.has_new_tokens = len(tokenizer) > old_size
     if model.has_new_tokens:

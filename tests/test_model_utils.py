@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, PreTrainedTokenizerFast
 
 import model_utils
 from data import IGNORE, ChatEncoder, collate_packed, collate_padded
@@ -313,13 +313,16 @@ UNPACKABLE = {
                             "layer_types": ["sliding_attention"] * 2},  # only its mask knows of the window
     "phimoe": EXPERTS | {"sliding_window": WIDER},
 }
+if not GPTJForCausalLM._supports_attention_backend:  # transformers 5.17
+    UNPACKABLE["gptj"] = PACKABLE.pop("gptj")
 LENGTHS = [7, 1, 60, 2, 11, 1]
 
 
 def make_model(kind: str, **changes):
     """The same weights each time it is called; no weight, bias or norm of it is a zero or a one."""
     config = SMALL | (PACKABLE | UNPACKABLE)[kind] | changes
-    attention = config.pop("attn_implementation", None)
+    # transformers 5.17's sdpa leaves the softcap out
+    attention = config.pop("attn_implementation", "eager" if "attn_logit_softcapping" in config else None)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split()[-1], **config), attn_implementation=attention)
     with torch.no_grad():
@@ -755,3 +758,16 @@ def test_weights_that_are_not_the_model_s_are_named(tmp_path, change, said):
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=said):
         load_model(str(tmp_path / "model"), None, load_tokenizer(str(tmp_path / "model"), ""), None, "", sliced=True)
+
+
+def test_the_softcap_of_gemma_2_s_scores_is_in_the_loaded_model(tmp_path):
+    write_model(tmp_path / "model")  # for its tokenizer
+    model, ids = make_model("gemma2", vocab_size=256), torch.arange(24)[None]
+    model.save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    loaded = load_model(path, None, load_tokenizer(path, ""), None, "").eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    loaded.config.attn_logit_softcapping = None
+    for layer in loaded.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert (loaded(ids).logits - model(ids).logits).abs().max() > 1e-3  # it matters here
