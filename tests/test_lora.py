@@ -787,10 +787,11 @@ def worker(folder: Path) -> None:
         dtype = getattr(torch, job.get("dtype", "float32"))
         model = load_model(str(folder / job["base"]), None, tokenizer, encoder.stop_id, str(folder), dtype)
         load_adapter(str(folder / name / "start"), model, 0.0, model.has_new_tokens)
+        recompute = job.get("checkpointing", False)
         if dtype == torch.bfloat16:
-            shard_in_bf16(model)
+            shard_in_bf16(model, recompute)
         else:
-            shard_model(model, device, "target_logps", recompute=job.get("checkpointing", False))
+            shard_model(model, device, "target_logps", recompute=recompute)
         named = dict(model.named_parameters())  # before a forward, which leaves the root's parameters gathered
         kinds = {key: (isinstance(parameter, DTensor), str(parameter.dtype), parameter.requires_grad)
                  for key, parameter in named.items()}
@@ -836,12 +837,14 @@ def worker(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def shard_in_bf16(model) -> None:
+def shard_in_bf16(model, recompute: bool) -> None:
     """shard_model as it is on a GPU: there the compute is bf16, on a CPU it is not."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     blocks = find_blocks(model)
     for module in (*blocks, model):
+        if recompute and module is not model:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in (model, *blocks):
         module.set_gradient_divide_factor(1.0)
