@@ -72,8 +72,8 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(outermost, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
-def shard_model(model: nn.Module, device: torch.device, *methods: str, recompute: bool = False, compile: bool = False,
-                cpu_offload: bool = False, replicas: int = 1) -> None:
+def shard_model(model: nn.Module, device: torch.device, *methods: str, dtype: torch.dtype = torch.float32,
+                recompute: bool = False, compile: bool = False, cpu_offload: bool = False, replicas: int = 1) -> None:
     """Shards each block and then the rest, in place: FSDP2 gathers one block at a time, computes, and frees it.
 
     With `replicas` the ranks fall into so many groups of neighbours; each group shards the model among its own, and gradients
@@ -84,12 +84,11 @@ def shard_model(model: nn.Module, device: torch.device, *methods: str, recompute
     by itself: the blocks are alike, so that it takes no longer than compiling one. `cpu_offload` keeps shards, gradients and
     optimizer in the host's memory. Parameters on the meta device get memory, a block at a time, and load_shards fills it.
 
-    Weights, their gradients' reduction and so the optimizer stay fp32; on a GPU that has bf16 the compute is bf16.
+    The blocks compute in `dtype`, to which weights are rounded as they are gathered. The shards stay as they are, and
+    gradients are reduced in fp32, so that what is trained in fp32 has an optimizer in fp32.
     Gradients are summed over the ranks, not averaged: the loss is divided by the global target count already.
     """
-    policy = MixedPrecisionPolicy()
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     sizes = ({"replicate": replicas} if replicas > 1 else {}) | {"shard": dist.get_world_size() // replicas}
     mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()

@@ -56,7 +56,16 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
 from data import ChatEncoder, DataError, list_files, pad_left, read_rows, to_messages
-from model_utils import LoRALinear, ModelError, load_adapter, load_model, load_tokenizer, lora_names, merge_lora
+from model_utils import (
+    LoRALinear,
+    ModelError,
+    compute_dtype,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    lora_names,
+    merge_lora,
+)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -76,7 +85,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, ChatEncoder]:
     name = next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), base)
     encoder = ChatEncoder(load_tokenizer(name, args.cache_dir), sys.maxsize, sys.maxsize)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    dtype = compute_dtype(device)
     model = load_model(base, None, encoder.tokenizer, encoder.stop_id, args.cache_dir, dtype)
     if adapter:
         load_adapter(str(adapter), model, dropout=0.0)

@@ -212,6 +212,12 @@ def count_flops(model) -> tuple[float, float, float]:
     return body, flops(head), 6 * config.num_hidden_layers * width
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Returns bf16 for a GPU that has it, fp32 for one that only emulates it, more slowly than fp32, and for CPUs."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 

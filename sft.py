@@ -6,8 +6,17 @@
 
 import os
 import sys
+import time
 
 from configs.base import Config, ConfigError, changes, load_config, usage
+
+
+def fail(error: Exception) -> None:
+    """Ends this process with one line. The first rank of a machine says it, and torchrun ends the others, who find it too."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(60)
+    sys.exit(f"sft.py: {error}")
+
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
     if {"--help", "-h"} & set(sys.argv):
@@ -15,7 +24,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     try:
         config = load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as error:
-        sys.exit(f"sft.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        fail(error)
 
 import contextlib
 import dataclasses
@@ -26,7 +35,6 @@ import math
 import resource
 import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +84,7 @@ from model_utils import (
     add_lora,
     balance_weight,
     check_head,
+    compute_dtype,
     count_flops,
     enable_packing,
     load_adapter,
@@ -197,8 +206,8 @@ def main(config: Config) -> None:
         return print(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew") if rank == 0 else None
     torch.manual_seed(config.seed)
     model = make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", recompute=config.model.activation_checkpointing, compile=config.model.compile,
-                cpu_offload=config.model.cpu_offload, replicas=config.model.replicas)
+    shard_model(model, device, "target_logps", dtype=compute_dtype(device), recompute=config.model.activation_checkpointing,
+                compile=config.model.compile, cpu_offload=config.model.cpu_offload, replicas=config.model.replicas)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     load_shards(model, {name: place for name, place in model.weight_files.items() if not (start and name in trained)})
     optimizer = make_optimizer(model, config)
@@ -409,10 +418,9 @@ def make_model(config: Config, tokenizer, stop_id: int, device: torch.device):
     """Returns the model to train, before it is sharded and filled, with adapters where they are what is trained."""
     wanted, peft = config.model, config.model.peft
     # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
-    half = wanted.use_peft and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = compute_dtype(device) if wanted.use_peft else torch.float32
     model = load_model(wanted.load_from or wanted.name_or_path, None if wanted.load_from else wanted.random_init, tokenizer,
-                       stop_id, config.cache_dir, torch.bfloat16 if half else torch.float32,
-                       fuse=wanted.compile and device.type == "cuda", sliced=True)
+                       stop_id, config.cache_dir, dtype, fuse=wanted.compile and device.type == "cuda", sliced=True)
     if wanted.use_peft:
         if wanted.load_lora_from:
             load_adapter(wanted.load_lora_from, model, peft.lora_dropout, model.has_new_tokens)
@@ -655,9 +663,7 @@ if __name__ == "__main__":
     try:
         main(config)
     except (DataError, HubError, ModelError, ShardingError, CheckpointError, TrainingError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(60)  # the first rank of this machine finds the same error and says so; torchrun then ends this one
-        sys.exit(f"sft.py: {error}")
+        fail(error)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise

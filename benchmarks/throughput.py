@@ -39,7 +39,7 @@ import sft
 from configs.base import Config, ModelConfig
 from data import ChatEncoder, SFTDataLoader, tokenise
 from fsdp_utils import clip_gradients, init_processes, load_shards, shard_model
-from model_utils import enable_packing, load_model, load_tokenizer
+from model_utils import compute_dtype, enable_packing, load_model, load_tokenizer
 
 WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "TRL, no checkpointing", "the limit")
 
@@ -69,14 +69,13 @@ def make_ours(args, adapters: str | None = None):
     config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile))
     if adapters == "PEFT's":
         import peft
-        model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache",
-                           torch.bfloat16 if args.device == "cuda" else torch.float32)
+        model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", compute_dtype(device))
         settings = {key: getattr(config.model.peft, key) for key in ("lora_alpha", "lora_dropout", "target_modules")}
         model = peft.get_peft_model(model, peft.LoraConfig(r=config.model.peft.lora_r, task_type="CAUSAL_LM", **settings))
         model = model.get_base_model()
     else:
         model = sft.make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", recompute=args.checkpointing, compile=args.compile)
+    shard_model(model, device, "target_logps", dtype=compute_dtype(device), recompute=args.checkpointing, compile=args.compile)
     load_shards(model, model.weight_files)
     optimizer = sft.make_optimizer(model, config)
     why_not = enable_packing(model, device)
@@ -128,8 +127,7 @@ def make_padded(args):
 def make_limit(args):
     tokenizer, encoder, rows = load_rows(args)
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", dtype).to(device)
+    model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", compute_dtype(device)).to(device)
     why_not = enable_packing(model, device)
     weight = model.get_output_embeddings().weight
     batches = load_batches(args, tokenizer, rows, packing=not why_not)
@@ -233,7 +231,7 @@ def main() -> None:
     *_, rows = load_rows(args)
     lengths = rows.lengths[:args.batch_size * args.steps].reshape(args.steps, args.batch_size).sum(1)
     targets = rows.targets[:args.batch_size * args.steps].sum()
-    print(describe_machine(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32))
+    print(describe_machine(args.device, compute_dtype(torch.device(args.device))))
     print(f"{args.model}: {args.batch_size} rows a step, max_length {args.max_length}, {lengths.mean():.0f} real tokens a step, "
           f"{targets / lengths.sum():.0%} of them targets")
     workers = {way: subprocess.Popen([sys.executable, *sys.argv, "--way", way], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

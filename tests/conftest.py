@@ -1,4 +1,4 @@
-"""Puts the repository's root on the path, keeps the tests off the network; what several of them share."""
+"""Puts the root on the path, keeps the tests off the network and on one thread each; what several of them share."""
 
 import contextlib
 import os
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # waking a second thread takes longer than any matrix here, the more so beside other tests
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data import DTYPES, TokenisedRows
@@ -25,7 +25,7 @@ def launch(argv: Sequence, torchrun: Sequence[str] = (), cwd: Path | None = None
     """Starts a script by python, or by torchrun with these options, on the CPU."""
     command = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *map(str, argv)]
     return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def run_script(*argv, n_processes: int = 0, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -48,25 +48,13 @@ def run_well(*argv, **options) -> str:
 
 
 @contextlib.contextmanager
-def one_thread():
-    """For tiny models: on a busy machine threads that wait for each other take more time than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def process_of_one():
+    """For what else is torchrun's to run: no group of processes is left where it fails."""
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def process_of_one():
-    """For what else is torchrun's to run: on one thread, as there, and no group of processes is left where it fails."""
-    with one_thread():
-        try:
-            yield
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def write_model(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_thread, run_well, write_model
+from conftest import ROOT, run_well, write_model
 from transformers import AutoModelForCausalLM
 
 from model_utils import load_tokenizer
@@ -82,16 +82,15 @@ def expected(fork):
         return BETA * (ratios[0] - ratios[1])
 
     records = []
-    with one_thread():
-        for step in range(1, STEPS + 2):
-            optimizer.param_groups[0]["lr"] = get_lr(step, STEPS, 0.1, LR)
-            optimizer.zero_grad()
-            margins = torch.stack([margin(pair) for pair in PAIRS])
-            loss = -F.logsigmoid(margins).mean()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            records.append((loss.item(), margins.mean().item(), (margins > 0).float().mean().item(), norm.item()))
+    for step in range(1, STEPS + 2):
+        optimizer.param_groups[0]["lr"] = get_lr(step, STEPS, 0.1, LR)
+        optimizer.zero_grad()
+        margins = torch.stack([margin(pair) for pair in PAIRS])
+        loss = -F.logsigmoid(margins).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        records.append((loss.item(), margins.mean().item(), (margins > 0).float().mean().item(), norm.item()))
     return records
 
 

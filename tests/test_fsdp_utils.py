@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import one_thread, process_of_one, run_well, store_rows, write_model
+from conftest import process_of_one, run_well, store_rows, write_model
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -53,6 +53,7 @@ CASES |= {"packed, recomputed": {"recompute": True, "microbatch_tokens": 70},
           "padded, recomputed": {"recompute": True, "packing": False},
           "packed, replicated": {"replicas": 2, "microbatch_tokens": 70}, "packed, offloaded": {"cpu_offload": True},
           "packed, tied": {"kind": "tied"}, "padded, tied": {"kind": "tied", "packing": False}}
+IN_BF16 = {"packed, bf16": {"dtype": torch.bfloat16}, "padded, bf16": {"dtype": torch.bfloat16, "packing": False}}
 worlds, cases = pytest.mark.parametrize("world", WORLD_SIZES), pytest.mark.parametrize("case", CASES)
 kinds = pytest.mark.parametrize("kind", ["untied", "tied"])
 
@@ -101,7 +102,7 @@ def work(folder: Path) -> None:
     rows = TokenisedRows(folder / "rows", [])
     numbers = {"a": torch.tensor([float(rank), 1.0]), "b": torch.tensor([10.0 ** rank, 0.5])}
     results = {"process": [rank, world_size, device.type], "means": all_reduce_means(numbers)}
-    for name, case in CASES.items():
+    for name, case in (CASES | IN_BF16).items():
         model, _, calls = start(folder, **case)
         results[name] = [*steps(model, calls, rows, rank, world_size, **case)]
     for kind in ("untied", "tied"):
@@ -112,7 +113,7 @@ def work(folder: Path) -> None:
 
 
 def start(folder: Path, kind: str = "untied", packing: bool = True, recompute: bool = False,
-          resume: Path | None = None, replicas: int = 1, cpu_offload: bool = False, **_):
+          resume: Path | None = None, replicas: int = 1, cpu_offload: bool = False, dtype: torch.dtype = torch.float32, **_):
     """Returns (the sharded model, its optimizer, a counter of how often each block is computed)."""
     config = Config(model=ModelConfig(name_or_path=str(folder / kind)))
     device = torch.device("cpu")
@@ -120,7 +121,7 @@ def start(folder: Path, kind: str = "untied", packing: bool = True, recompute: b
     calls = Counter()
     for i, block in enumerate(find_blocks(model)):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # recomputing stops before its end
-    shard_model(model, device, "target_logps", recompute=recompute, cpu_offload=cpu_offload,
+    shard_model(model, device, "target_logps", dtype=dtype, recompute=recompute, cpu_offload=cpu_offload,
                 replicas=min(replicas, dist.get_world_size()))
     load_shards(model, model.weight_files)
     optimizer = make_optimizer(model, Config(lr=1e-2))
@@ -200,14 +201,13 @@ def save_and_load(folder: Path, kind: str, rows, rank: int, world_size: int) -> 
 # The reference: plain transformers, one process, one row at a time without padding
 
 
-@one_thread()
-def naive_gradient(folder: Path, documents: list) -> dict:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def naive_gradient(folder: Path, documents: list, dtype: torch.dtype = torch.float32) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     nll, count = 0.0, 0
     for ids, trained in documents:
         ids, trained = torch.as_tensor(ids).long(), torch.as_tensor(trained)
         labels = ids.masked_fill(~trained, IGNORE)
-        logits = model(input_ids=ids[None]).logits[0]
+        logits = model(input_ids=ids[None]).logits[0].float()
         nll = nll + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
         count += int(trained.sum())
     (nll / count).backward()
@@ -245,6 +245,20 @@ def test_gradient_is_that_of_the_naive_loss(results, expected, world, case):
     assert len(own) == len(its) == 2
     for step, reference in zip(own, its):
         check_gradients(step["gradients"], reference["gradients"])
+
+
+@worlds
+@pytest.mark.parametrize("case", IN_BF16)
+def test_gradient_in_bf16_is_no_further_from_the_true_one_than_transformers_own(folder, results, expected, world, case):
+    documents = [make_documents()[i] for i in np.random.default_rng([1, 0]).permutation(N_ROWS)[:BATCH]]
+    true, naive = expected["untied"][0]["gradients"], naive_gradient(folder / "untied", documents, torch.bfloat16)["gradients"]
+    ours = results[world][case][0]["gradients"]
+    assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+
+    def distance(gradients: dict[str, torch.Tensor]) -> float:
+        return math.sqrt(sum((gradients[name] - gradient).square().sum().item() for name, gradient in true.items()))
+
+    assert 1e-4 * distance({name: 0.0 for name in true}) < distance(ours) < distance(naive)  # not in fp32 by mistake
 
 
 @worlds

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ROOT, one_thread, write_model
+from conftest import ROOT, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import ChatEncoder
@@ -22,12 +22,6 @@ SCRIPT = str(ROOT / "generate.py")
 QUESTIONS = ["add 2 and 3", "reverse ABCDEFG", "sort 52431", "last letter of HELLOWORLD", "day after 3 may",
              "double each letter of Q"]
 LENGTH = 24  # tokens of an answer at most
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +299,8 @@ def test_a_folder_with_weights_and_an_adapter_is_a_model(world, tmp_path):
 
 
 def chat(folder: Path, typed: bytes, *options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, SCRIPT, str(folder), *map(str, options)], input=typed, capture_output=True,
-                          env=environment, timeout=120)
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=120)
 
 
 def test_a_chat_answers_line_by_line_until_an_empty_one(world):

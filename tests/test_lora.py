@@ -19,11 +19,10 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, one_thread, run_well
+from conftest import ROOT, run_well
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.base import Config
 from data import IGNORE, ChatEncoder, SFTDataLoader, collate_packed, collate_padded, tokenise
-from fsdp_utils import clip_gradients, find_blocks, init_processes, save_checkpoint, shard_model, write_gathered
+from fsdp_utils import clip_gradients, init_processes, save_checkpoint, shard_model, write_gathered
 from make_tiny import make_rows, train_tokenizer
 from model_utils import (
     LoRALinear,
@@ -60,13 +59,6 @@ PEFT_ALL_LINEAR = {"r": R, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_mod
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
               pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")]
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    """Which is fastest for models this small, and more so beside other processes."""
-    with one_thread():
-        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -787,11 +779,7 @@ def worker(folder: Path) -> None:
         dtype = getattr(torch, job.get("dtype", "float32"))
         model = load_model(str(folder / job["base"]), None, tokenizer, encoder.stop_id, str(folder), dtype)
         load_adapter(str(folder / name / "start"), model, 0.0, model.has_new_tokens)
-        recompute = job.get("checkpointing", False)
-        if dtype == torch.bfloat16:
-            shard_in_bf16(model, recompute)
-        else:
-            shard_model(model, device, "target_logps", recompute=recompute)
+        shard_model(model, device, "target_logps", dtype=dtype, recompute=job.get("checkpointing", False))
         named = dict(model.named_parameters())  # before a forward, which leaves the root's parameters gathered
         kinds = {key: (isinstance(parameter, DTensor), str(parameter.dtype), parameter.requires_grad)
                  for key, parameter in named.items()}
@@ -835,21 +823,6 @@ def worker(folder: Path) -> None:
             torch.save({"kinds": kinds, "steps": steps}, folder / name / "result.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def shard_in_bf16(model, recompute: bool) -> None:
-    """shard_model as it is on a GPU: there the compute is bf16, on a CPU it is not."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    blocks = find_blocks(model)
-    for module in (*blocks, model):
-        if recompute and module is not model:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    for module in (model, *blocks):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "target_logps")
 
 
 def peft_from(world: Path, base: str, adapter: Path, trainable: bool = False):

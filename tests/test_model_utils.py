@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, one_thread, run_well, write_model
+from conftest import ROOT, run_well, write_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,13 +41,6 @@ from sft import get_batch_logps
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_one_thread():
-    """Waking a second one takes longer than any of these matrices."""
-    with one_thread():
-        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
