@@ -408,10 +408,14 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
         window = (sliding_window - 1 if sliding_window else -1, 0)  # none to the right: causal
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window)
         return out.unsqueeze(0), None
+    return attend_apart(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap), None
 
-    lengths = cu_seq_lens_q.diff().tolist()
-    outs = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+
+@torch.compiler.disable  # else it is compiled anew for every number of documents
+def attend_apart(query, key, value, ends, dropout, scaling, sliding_window, softcap):
+    """document_attention on any device and in any dtype, one document after the other."""
+    groups, outs = query.shape[1] // key.shape[1], []
+    for q, k, v in zip(*(x.split(ends.diff().tolist(), dim=2) for x in (query, key, value))):
         length = q.shape[2]
         mask = None
         if softcap or (sliding_window and length > sliding_window):
@@ -420,12 +424,12 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
         if softcap:
             scores = softcap * torch.tanh(q @ k.repeat_interleave(groups, 1).transpose(2, 3) * (scaling / softcap))
             probabilities = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
-            out = F.dropout(probabilities, dropout, module.training) @ v.repeat_interleave(groups, 1)
+            out = F.dropout(probabilities, dropout) @ v.repeat_interleave(groups, 1)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling,
                                                  enable_gqa=groups > 1)
         outs.append(out)
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return torch.cat(outs, dim=2).transpose(1, 2)
 
 
 def mask_of_documents(*args, local_size: int | None = None, **kwargs) -> int | None:

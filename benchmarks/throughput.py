@@ -98,13 +98,12 @@ def make_padded(args):
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-    per_forward = max(1, args.microbatch_tokens // args.max_length)
 
     def step(i: int) -> None:
         indices = range(i * args.batch_size, (i + 1) * args.batch_size)
         n_targets = int(rows.targets[list(indices)].sum())
-        for start in range(0, args.batch_size, per_forward):
-            part = [rows[index] for index in indices[start:start + per_forward]]
+        for start in range(0, args.batch_size, args.rows):
+            part = [rows[index] for index in indices[start:start + args.rows]]
             ids, labels = torch.full((2, len(part), args.max_length), tokenizer.pad_token_id)
             labels.fill_(-100)
             mask = torch.zeros_like(ids)
@@ -166,11 +165,10 @@ def run_trl(args, step_began, step_ended) -> None:
     tokenizer, _, rows = load_rows(args)
     sources = [rows.source(i) for i in range(args.batch_size * args.steps)]
     sources = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in sources]
-    per_forward = max(1, min(args.batch_size, args.microbatch_tokens // args.max_length))
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
-            output_dir=folder, per_device_train_batch_size=per_forward, max_steps=args.steps, max_length=args.max_length,
-            gradient_accumulation_steps=args.batch_size // per_forward, gradient_checkpointing=args.way == "TRL",
+            output_dir=folder, per_device_train_batch_size=args.rows, max_steps=args.steps, max_length=args.max_length,
+            gradient_accumulation_steps=args.batch_size // args.rows, gradient_checkpointing=args.way == "TRL",
             bf16=args.device == "cuda", use_cpu=args.device == "cpu", train_sampling_strategy="sequential",
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
         trainer = SFTTrainer(args.model, train_dataset=datasets.Dataset.from_list(sources), processing_class=tokenizer,
@@ -216,7 +214,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16, help="rows a step")
-    parser.add_argument("--microbatch-tokens", type=int, default=4096, help="tokens a forward, with their padding")
+    parser.add_argument("--microbatch-tokens", type=int, default=4096, help="tokens a forward of what packs, at most")
+    parser.add_argument("--rows", type=int, default=8, help="rows a forward of what pads; transformers' own default")
     parser.add_argument("--steps", type=int, default=5, help="the first two warm up")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="in all of ours, with PEFT's layer too")

@@ -419,9 +419,9 @@ def naive_attention(query, key, value, lengths, scaling, sliding_window, softcap
     return torch.einsum("bhqk,bhkd->bqhd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
 
 
-def attend(query, key, value, lengths, training=False, **options) -> torch.Tensor:
+def attend(query, key, value, lengths, **options) -> torch.Tensor:
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    out, probabilities = document_attention(torch.nn.Module().train(training), query, key, value, None, cu_seq_lens_q=ends,
+    out, probabilities = document_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=ends,
                                             cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths), **options)
     assert probabilities is None
     return out
@@ -450,7 +450,7 @@ def test_dropout_of_attention_drops_probabilities(softcap, sliding_window):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 4, 1000, 8).unbind()
     options = {"scaling": 1.0, "softcap": softcap, "sliding_window": sliding_window, "dropout": 0.25}
-    out, value = attend(query, key, value, [1] * 1000, training=True, **options), value.transpose(1, 2)
+    out, value = attend(query, key, value, [1] * 1000, **options), value.transpose(1, 2)
     kept = (out != 0).all(-1)
     torch.testing.assert_close(out, kept[..., None] * value / 0.75, rtol=1e-6, atol=0)
     assert abs(kept.float().mean() - 0.75) < 6 * math.sqrt(0.25 * 0.75 / kept.numel())  # six standard deviations
@@ -469,6 +469,18 @@ def test_attention_drops_out_in_training_only(kind, rate):
     again = in_a_batch(model, documents, collate_packed)
     assert torch.equal(again, dropped)
     assert not any(torch.isclose(a, b).all() for a, b in itertools.combinations((without, dropped, other), 2))
+
+
+def test_blocks_are_not_compiled_anew_for_other_documents():
+    model = make_model("llama")
+    assert enable_packing(model, CPU) == ""
+    batches = [make_documents(lengths) for lengths in ([7, 5], [4, 9, 8], [30], [2, 1, 6, 3, 5])]
+    expected = [results(model, in_a_batch(model, documents, collate_packed)) for documents in batches]
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend="eager")  # what is traced, without a C++ compiler
+    for i, documents in enumerate(batches):  # the second shows which sizes differ
+        with torch.compiler.set_stance("fail_on_recompile" if i >= 2 else "default"):
+            assert_same(results(model, in_a_batch(model, documents, collate_packed)), expected[i])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
