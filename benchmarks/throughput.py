@@ -165,10 +165,11 @@ def run_trl(args, step_began, step_ended) -> None:
     tokenizer, _, rows = load_rows(args)
     sources = [rows.source(i) for i in range(args.batch_size * args.steps)]
     sources = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in sources]
+    per_forward = min(args.batch_size, args.rows)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
-            output_dir=folder, per_device_train_batch_size=args.rows, max_steps=args.steps, max_length=args.max_length,
-            gradient_accumulation_steps=args.batch_size // args.rows, gradient_checkpointing=args.way == "TRL",
+            output_dir=folder, per_device_train_batch_size=per_forward, max_steps=args.steps, max_length=args.max_length,
+            gradient_accumulation_steps=args.batch_size // per_forward, gradient_checkpointing=args.way == "TRL",
             bf16=args.device == "cuda", use_cpu=args.device == "cpu", train_sampling_strategy="sequential",
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
         trainer = SFTTrainer(args.model, train_dataset=datasets.Dataset.from_list(sources), processing_class=tokenizer,
