@@ -414,8 +414,8 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
 @torch.compiler.disable  # else it is compiled anew for every number of documents
 def attend_apart(query, key, value, ends, dropout, scaling, sliding_window, softcap):
     """document_attention on any device and in any dtype, one document after the other."""
-    groups, outs = query.shape[1] // key.shape[1], []
-    for q, k, v in zip(*(x.split(ends.diff().tolist(), dim=2) for x in (query, key, value))):
+    groups, lengths, outs = query.shape[1] // key.shape[1], ends.diff().tolist(), []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
         length = q.shape[2]
         mask = None
         if softcap or (sliding_window and length > sliding_window):
