@@ -7,15 +7,17 @@
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 from configs.base import Config, ConfigError, changes, load_config, usage
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception, end: Callable[[str], NoReturn] = sys.exit) -> NoReturn:
     """Ends this process with one line. The first rank of a machine says it, and torchrun ends the others, who find it too."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(60)
-    sys.exit(f"sft.py: {error}")
+    end(f"sft.py: {error}")
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
@@ -64,6 +66,7 @@ from fsdp_utils import (
     ShardingError,
     all_reduce_means,
     clip_gradients,
+    end_process,
     find_checkpoint,
     init_processes,
     list_checkpoints,
@@ -663,10 +666,10 @@ if __name__ == "__main__":
     try:
         main(config)
     except (DataError, HubError, ModelError, ShardingError, CheckpointError, TrainingError) as error:
-        fail(error)
+        fail(error, end_process)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        sys.exit(f"sft.py: rank {os.environ.get('RANK', 0)}: another rank has ended, or has not answered for "
-                 f"{config.timeout_minutes} minutes: {' '.join(str(error).split())[:200]}")
-    dist.destroy_process_group()
+        end_process(f"sft.py: rank {os.environ.get('RANK', 0)}: another rank has ended, or has not answered for "
+                    f"{config.timeout_minutes} minutes: {' '.join(str(error).split())[:200]}")
+    end_process()

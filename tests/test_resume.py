@@ -115,6 +115,35 @@ def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(folder, straight, rank, 
     assert_same(running.run, straight)
 
 
+ENDING = """
+import atexit, os, runpy, sys
+
+
+class Global:
+    def __del__(self, write=os.write):
+        write(2, b"<torn down>")
+
+
+kept = Global()
+atexit.register(os.write, 2, b"<handlers ran>")  # the first to be registered is the last to run
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name, override, code, says", [
+    ("ended", "seed=7", 0, "saved to runs/ended/FINAL"), ("straight", "seed=7", 0, "finished already"),
+    ("straight", "model.batch_size=4", 1, "began differently: model.batch_size")], ids=["end", "finished", "error"])
+def test_a_run_ends_without_tearing_python_down(folder, straight, name, override, code, says):
+    """A gloo thread that lets go of a collective's tensors meanwhile would abort it, once in hundreds of runs."""
+    (folder / "ending.py").write_text(ENDING)
+    done = run_script("ending.py", *command(name, override), n_processes=2, cwd=folder)
+    assert done.returncode == code and says in done.stdout + done.stderr, done.stderr
+    assert done.stderr.count("<handlers ran>") == (1 if code else 2)  # where one fails torchrun ends the other
+    assert "<torn down>" not in done.stderr
+
+
 def test_torchrun_restarts_a_run_whose_worker_is_killed(folder, straight):
     with Running(folder, *command("restarted"), torchrun=("--standalone", "--nproc_per_node=2", "--max-restarts=3")) as running:
         running.wait_for_step(5)
