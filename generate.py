@@ -5,10 +5,11 @@
     python generate.py FOLDER --prompts prompts.jsonl --out answers.json --temperature 0.7 --top-p 0.95 --n-samples 4
 
 FOLDER holds a model, as FINAL does, or an adapter, as FINAL/adapter and step-100 do, which is merged into its base. A prompt
-is a row of any shape that data.py lists; its answer, if it has one, is left out. The answers are a list as AlpacaEval reads it.
+is a row of any shape that chat.py lists; its answer, if it has one, is left out. The answers are a list as AlpacaEval reads it.
 """
 
 import argparse
+import signal
 import sys
 
 
@@ -28,6 +29,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="answers to --prompts made at once (16)")
     add("--seed", type=int, default=1, help="with the same --batch-size it draws the same answers (1)")
     add("--cache-dir", default=".cache", help="of models from the Hub (.cache)")
+    if {"--help", "-h"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python itself would complain of the pipe that `head` has closed
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.out):
         parser.error("--prompts and --out need each other")
@@ -44,69 +47,57 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
     args = parse_arguments()
 
 import contextlib
-import itertools
 import json
 import os
 import readline  # noqa: F401 (gives input() its keys for editing)
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
-from tqdm import tqdm
-from transformers import GenerationConfig, TextStreamer
+from transformers import TextStreamer
 
-from data import ChatEncoder, DataError, list_files, pad_left, read_rows, to_messages
-from model_utils import (
-    LoRALinear,
-    ModelError,
-    compute_dtype,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    lora_names,
-    merge_lora,
-)
+from chat import ChatEncoder, list_files, read_rows, to_messages
+from data import DataError
+from fsdp_utils import ModelError
+from lora import load_adapter, merge_in_place
+from model_utils import compute_dtype, generate, load_model, load_tokenizer
 
 
 def main(args: argparse.Namespace) -> None:
     rows = read_prompts(args.prompts, args.system) if args.prompts else []
-    model, encoder = load(args)
+    model, encoder = load(args.model, args.base, args.cache_dir)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    args.max_new_tokens = args.max_new_tokens or min(512, room // 2)
+    encoder.max_length, encoder.max_prompt_length = room, room - args.max_new_tokens
     torch.manual_seed(args.seed)
     if rows:
         answer(model, encoder, rows, args)
     else:
-        chat(model, encoder, args.system)
+        chat(model, encoder, args)
 
 
-def load(args: argparse.Namespace) -> tuple[nn.Module, ChatEncoder]:
-    """Returns the model, whose generation_config says what the arguments say, and its encoder. Raises ModelError, DataError."""
-    adapter, base = find_adapter(args.model, args.base)
-    places = [adapter, adapter.parent] if adapter else []  # sft.py writes the tokenizer into the folder around the adapter's
-    name = next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), base)
-    encoder = ChatEncoder(load_tokenizer(name, args.cache_dir), sys.maxsize, sys.maxsize)
+def load(folder: str, base: str | None, cache_dir: str) -> tuple[nn.Module, ChatEncoder]:
+    """Returns the model, an adapter merged into it, and its encoder, which cuts nothing. Raises ModelError, DataError."""
+    adapter, base = find_adapter(folder, base)
+    folders = [adapter, adapter.parent] if adapter else []  # sft.py writes the tokenizer into the folder around the adapter's
+    name = next((str(candidate) for candidate in folders if (candidate / "tokenizer_config.json").is_file()), base)
+    encoder = ChatEncoder(load_tokenizer(name, cache_dir), sys.maxsize, sys.maxsize)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(device)
-    model = load_model(base, None, encoder.tokenizer, encoder.stop_id, args.cache_dir, dtype)
+    model = load_model(base, None, encoder.tokenizer, encoder.stop_id, cache_dir, dtype)
     if adapter:
-        load_adapter(str(adapter), model, dropout=0.0)
+        load_adapter(model, str(adapter), lora_dropout=0.0)
         merge_in_place(model)
         for parameter in model.parameters():  # not model.to(dtype), which would round RoPE's buffers too
             parameter.data = parameter.data.to(dtype)
-
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    max_new_tokens = args.max_new_tokens or min(512, room // 2)
-    encoder.max_length, encoder.max_prompt_length = room, room - max_new_tokens
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.temperature else {}
-    stops, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    model.generation_config = GenerationConfig(  # in the place of the model's own, whose penalties would make greedy less so
-        max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, do_sample=bool(sampling), **sampling)
     return model.to(device).eval(), encoder
 
 
 def find_adapter(folder: str, base: str | None) -> tuple[Path | None, str]:
     """Returns (adapter, its base) if the folder has an adapter, in it or in adapter/, but no model; else (None, folder)."""
-    places = [] if any(Path(folder).glob("model*.safetensors")) else [Path(folder), Path(folder, "adapter")]
-    adapter = next((place for place in places if (place / "adapter_config.json").is_file()), None)
+    folders = [] if any(Path(folder).glob("model*.safetensors")) else [Path(folder), Path(folder, "adapter")]
+    adapter = next((candidate for candidate in folders if (candidate / "adapter_config.json").is_file()), None)
     if not adapter and base:
         raise ModelError(f"{folder}: this is no adapter, which --base is for")
     if adapter and not base:
@@ -115,15 +106,6 @@ def find_adapter(folder: str, base: str | None) -> tuple[Path | None, str]:
         if not base:
             raise ModelError(f"{adapter}: adapter_config.json names no base_model_name_or_path; name it by --base")
     return adapter, base or folder
-
-
-@torch.no_grad()
-def merge_in_place(model: nn.Module) -> None:
-    """Adds each adapter to its layer's weight; the layer is then a plain linear one, and no slower."""
-    for name in lora_names(model.state_dict()):
-        layer = model.get_submodule(name)
-        merged = merge_lora(model, {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()})
-        layer.weight.data, layer.forward = merged[f"{name}.weight"], super(LoRALinear, layer).forward
 
 
 def read_prompts(path: str, system: str | None) -> list[tuple[str, str, list[dict]]]:
@@ -168,7 +150,7 @@ def encode_prompt(encoder: ChatEncoder, messages: list[dict], where: str) -> lis
     for spelt in filter(None, (encoder.special.search(message["content"]) for message in messages)):
         print(f"warning: {where}: {spelt[0]!r} in the text becomes the control token of that name", file=sys.stderr)
     try:
-        ids = encoder.ids(encoder.render(encoder.fold_system(messages), for_answer=True))
+        ids = encoder.prompt_ids(messages)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
     if len(ids) > encoder.max_prompt_length:
@@ -178,47 +160,31 @@ def encode_prompt(encoder: ChatEncoder, messages: list[dict], where: str) -> lis
     return ids
 
 
-@torch.inference_mode()
-def generate(model: nn.Module, prompts: list[list[int]], streamer: TextStreamer | None = None) -> list[list[int]]:
-    """Ids of prompts, padded on the left → ids of their answers, up to the token that ends them and without it."""
-    ids, mask = pad_left(prompts, model.generation_config.pad_token_id)
-    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), streamer=streamer)
-    stops, answers = model.generation_config.eos_token_id, output[:, ids.shape[1]:].tolist()
-    return [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in answers]
-
-
-def to_text(encoder: ChatEncoder, ids: list[int]) -> str:
-    """Ids of an answer → its text, without what the template writes in front of each, such as an empty thought."""
-    return encoder.tokenizer.decode(ids, skip_special_tokens=True).strip().removeprefix(encoder.lead.strip()).strip()
-
-
 def answer(model: nn.Module, encoder: ChatEncoder, rows: list[tuple[str, str, list[dict]]], args: argparse.Namespace) -> None:
     """Answers what read_prompts has read. args.out is written whole or not at all. Raises DataError, OSError."""
     out, partial = Path(args.out), Path(f"{args.out}.partial")
     partial.touch()  # what can't be written is found before the first answer, not after the last
     partial.unlink()
-    prompts = [encode_prompt(encoder, messages, where) for where, _, messages in rows]
-    samples = [(row, sample) for row in range(len(rows)) for sample in range(args.n_samples)]
-    samples.sort(key=lambda key: -len(prompts[key[0]]))  # the longest first: memory runs out at once or never
-    answers = {}
-    for start in tqdm(range(0, len(samples), args.batch_size), desc="answering", unit="batch"):
-        batch = samples[start:start + args.batch_size]
-        answers |= zip(batch, generate(model, [prompts[row] for row, _ in batch]))
-    records = [{"instruction": rows[row][2][-1]["content"], "output": to_text(encoder, answers[row, sample]),
-                "generator": args.model, "dataset": rows[row][1], "prompt_id": row, "sample_id": sample, "type": "sample"}
-               for row, sample in sorted(answers)]
+    encoded = [encode_prompt(encoder, messages, where) for where, _, messages in rows]
+    prompts = [ids for ids in encoded for _ in range(args.n_samples)]
+    answers = generate(model, prompts, args.max_new_tokens, args.batch_size, args.temperature, args.top_p)
+    records = []
+    for i, ids in enumerate(answers):
+        row, sample = divmod(i, args.n_samples)
+        _, dataset, messages = rows[row]
+        records.append({"instruction": messages[-1]["content"], "output": encoder.answer_text(ids), "generator": args.model,
+                        "dataset": dataset, "prompt_id": row, "sample_id": sample, "type": "sample"})
     partial.write_text(json.dumps(records, indent=2, ensure_ascii=False), encoding="utf-8")
     os.replace(partial, out)
-    limit = model.generation_config.max_new_tokens
-    n_cut = sum(len(ids) == limit for ids in answers.values())
-    print(f"{out}: {len(records)} answers, {n_cut} of them cut off after {limit} tokens (--max-new-tokens)")
+    n_cut = sum(len(ids) == args.max_new_tokens for ids in answers)
+    print(f"{out}: {len(records)} answers, {n_cut} of them cut off after {args.max_new_tokens} tokens (--max-new-tokens)")
 
 
-def chat(model: nn.Module, encoder: ChatEncoder, system: str | None) -> None:
+def chat(model: nn.Module, encoder: ChatEncoder, args: argparse.Namespace) -> None:
     """Answers each line of the standard input in the light of those before it."""
     sys.stdin.reconfigure(errors="replace")  # a stray byte does not end a chat
     streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    messages = beginning = [{"role": "system", "content": system}] if system else []
+    messages = beginning = [{"role": "system", "content": args.system}] if args.system else []
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # ctrl-D, ctrl-C
         while question := input("> " if sys.stdin.isatty() else "").strip():
             if question == "/reset":
@@ -226,16 +192,18 @@ def chat(model: nn.Module, encoder: ChatEncoder, system: str | None) -> None:
                 continue
             asked = [*messages, {"role": "user", "content": question}]
             try:
-                [ids] = generate(model, [encode_prompt(encoder, asked, "this chat")], streamer)
+                prompt = encode_prompt(encoder, asked, "this chat")
             except DataError as error:
                 print(f"{error}; /reset begins a new one", file=sys.stderr)
                 continue
-            messages = [*asked, {"role": "assistant", "content": to_text(encoder, ids)}]
+            [ids] = generate(model, [prompt], args.max_new_tokens, 1, args.temperature, args.top_p, streamer)
+            messages = [*asked, {"role": "assistant", "content": encoder.answer_text(ids)}]
     if sys.stdin.isatty():
         print()  # after ctrl-D the shell's prompt would follow on the line of ours
 
 
 if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
     try:
         main(args)
     except (DataError, ModelError, OSError) as error:

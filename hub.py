@@ -1,7 +1,7 @@
-"""Data sets by name → .jsonl files, which data.py reads like any other. An entry is one of
+"""Data sets by name → .jsonl files, which chat.py reads like any other. An entry is one of
 
     ultrachat                a name in SOURCES, below
-    hub:owner/name[:split]   a data set of the Hugging Face hub whose rows have one of data.py's four shapes
+    hub:owner/name[:split]   a data set of the Hugging Face hub whose rows have one of chat.py's four shapes
     rows.parquet             a local file of such rows, or a folder of such files
     chats.jsonl              any other local file or folder, as it is
 with a weight if wanted: `chats.jsonl*2` trains on each row twice an epoch, `shp*0.5` on half of the rows.
@@ -194,7 +194,7 @@ def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, roo
         name = f"{Path(entry).stem}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}"
         rows = raw_rows(entry, "parquet", "train", data_files=files)
     elif os.sep in entry or "." in entry:
-        return entry  # meant as a path, of which data.py says what is wrong
+        return entry  # meant as a path, of which chat.py says what is wrong
     else:
         near = difflib.get_close_matches(entry, SOURCES, 1, cutoff=0)[0]
         raise HubError(f"unknown data set {entry!r}, did you mean {near!r}? Known are {', '.join(SOURCES)}, hub:owner/name, "
@@ -273,7 +273,7 @@ def convert_rows(name: str, split: str, conditional: bool, root: str) -> Iterato
 
 
 def clean(messages: list[dict], last_only: bool, token: str) -> list[dict]:
-    """Returns the messages up to the last answer, or [] if data.py would refuse them or that answer is empty.
+    """Returns the messages up to the last answer, or [] if chat.py would refuse them or that answer is empty.
 
     `last_only` takes the other answers out of the loss; `token` comes in front of those that are in it.
     """

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="{cache_dir}/{exp_name}")
     parser.add_argument("--out", type=Path, default="plot.png")
+    if {"--help", "-h"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python itself would complain of the pipe that `head` has closed
     args = parser.parse_args()
     names = [folder.resolve().name for folder in args.runs]
     names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, args.runs)]

@@ -5,13 +5,15 @@
     python benchmarks/gpu.py --device cpu --small     # does each part run at all?
 
 The weights are random, of Llama-3-8B's shape cut to --layers, the documents as long as chats are. Each part, and each way of
-taking steps, has a process of its own, which prints its rows as they come; one that fails or takes too long is named, and the
-next one starts. All import their libraries at the start, at once, so that this counts for none of them.
+taking steps, has a process of its own, forked from one that has imported everything, so that this counts for none of them.
+It prints its rows as they come; one that fails or takes too long is named, and the next one starts. VERBOSE=1 shows the rest.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,36 +25,30 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # eight layers nearly fill 80 GB
+
+import numpy as np
+import torch
+import transformers
+from common import describe_machine
 from kill import ROOT, family
+from logp_kernel import compare
+from safetensors.torch import load_file
 
-if "--task" in sys.argv:  # the process that starts the parts needs none of these, nor the time to import them
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-    import transformers
-    from common import describe_machine, peak_extra_memory, time_interleaved
-    from logp_kernel import candidates
+import sft
+from checkpoint import export_model, load_checkpoint, save_checkpoint, training_state
+from configs.base import Config, ModelConfig
+from data import SFTDataLoader, to_device
+from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, shard_model
+from log import count_flops, peak_flops, peak_memory
+from make_tiny import make_rows, train_tokenizer
+from model_utils import compute_dtype, enable_packing, load_tokenizer
 
-    import sft
-    from configs.base import Config, ModelConfig
-    from data import DTYPES, SFTDataLoader, TokenisedRows
-    from fsdp_utils import (
-        all_reduce_means,
-        clip_gradients,
-        init_processes,
-        load_checkpoint,
-        load_shards,
-        save_checkpoint,
-        shard_model,
-        training_state,
-    )
-    from make_tiny import make_rows, train_tokenizer
-    from model_utils import compute_dtype, count_flops, enable_packing, linear_logps, load_tokenizer
-
-PARTS = {"kernel": 90, "steps": 120, "bf16": 75, "storage": 150, "resume": 150}  # seconds, of steps for each way
+PARTS = {"kernel": 90, "steps": 120, "bf16": 75, "storage": 150, "resume": 150}  # seconds on a GPU, of steps for each way
 WAYS = {"full, packed": {}, "full, packed, checkpointing": {"activation_checkpointing": True},
         "full, packed, compiled": {"compile": True}, "full, padded": {"packing": False},
         "LoRA r 64, packed": {"use_peft": True}, "LoRA r 64, packed, compiled": {"use_peft": True, "compile": True}}
@@ -70,66 +66,68 @@ def show(*cells) -> None:
     print(f"| {first:<32} | " + " | ".join(f"{cell:>12}" for cell in others) + " |", flush=True)
 
 
-def make_documents(folder: Path, n: int, vocabulary: int, longest: int) -> "TokenisedRows":
-    """Random documents as the token cache holds them: log-normal lengths, of a mean of a quarter of the longest, the last 60 %
-    of each targets. Small ids come more often than large ones, so that there is something to learn."""
-    rng = np.random.default_rng(0)
-    lengths = rng.lognormal(np.log(longest / 4) - 0.32, 0.8, n).astype(int).clip(min=8, max=longest)
-    trained = [np.arange(length) >= round(0.4 * length) for length in lengths]
-    columns = {"ids": vocabulary * rng.random(lengths.sum()) ** 3, "trained": np.concatenate(trained), "lengths": lengths,
-               "targets": [on.sum() for on in trained], "lines": lengths, "files": lengths}
-    folder.mkdir(parents=True)
-    for name, dtype in DTYPES.items():
-        np.asarray(columns[name], dtype).tofile(folder / f"{name}.bin")
-    np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "offsets.bin")
-    (folder / "counts.json").write_text("{}")
-    return TokenisedRows(folder, [])
+class Documents:
+    """Random ones, in the place of TokenisedRows: log-normal lengths, of a mean of a quarter of the longest, the last 60 % of
+    each targets. Small ids come more often than large ones, so that there is something to learn."""
+
+    def __init__(self, n: int, vocabulary: int, longest: int):
+        rng = np.random.default_rng(0)
+        self.lengths = rng.lognormal(np.log(longest / 4) - 0.32, 0.8, n).astype(int).clip(min=8, max=longest)
+        self.targets = self.lengths - np.round(0.4 * self.lengths).astype(int)
+        self.ids = [(vocabulary * rng.random(length) ** 3).astype(np.int32) for length in self.lengths]
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.ids[i], np.arange(self.lengths[i]) >= self.lengths[i] - self.targets[i]
 
 
 def make_run(args, device, shape: dict, n_steps: int, rows: int, dtype, lr: float = 2e-5, **settings):
     """Returns (model, optimizer, loader, tokenizer) as sft.main makes them, but the random weights on the device itself."""
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
-    train_tokenizer(make_rows(200, 1)[0], folder)
-    tokenizer = load_tokenizer(str(folder), str(folder))
+    train_tokenizer(make_rows(200, 1)[0], args.folder)
+    tokenizer = load_tokenizer(str(args.folder), str(args.folder))
     longest = 128 if args.small else 2048
     config = Config(lr=lr, model=ModelConfig(random_init=shape | (SMALL if args.small else {}), batch_size=rows,
                                              max_length=longest, microbatch_tokens=4 * longest, **settings))
     wanted = config.model
-    documents = make_documents(folder / "rows", rows * n_steps, wanted.random_init["vocab_size"], longest)
     torch.manual_seed(config.seed)
     with device:
-        model = sft.make_model(config, tokenizer, None, device)
-    shard_model(model, device, "target_logps", dtype=dtype, recompute=wanted.activation_checkpointing, compile=wanted.compile)
-    load_shards(model, model.weight_files)
-    optimizer = sft.make_optimizer(model, config)
-    why_not = enable_packing(model, device) if wanted.packing else "model.packing=false"
-    assert not (wanted.packing and why_not), why_not
-    loader = SFTDataLoader(documents, np.arange(len(documents)), rows, n_examples=len(documents), seed=1,
-                           pad_id=tokenizer.pad_token_id, packing=not why_not, microbatch_tokens=wanted.microbatch_tokens)
-    model.train()
+        model = sft.make_model(wanted, tokenizer, None, str(args.folder), device)
+    shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=wanted.activation_checkpointing,
+                compile=wanted.compile)
+    optimizer = sft.make_optimizer(model, lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    assert not wanted.packing or enable_packing(model, device)
+    documents = Documents(rows * n_steps, wanted.random_init["vocab_size"], longest)
+    loader = SFTDataLoader(documents, np.arange(rows * n_steps), rows * n_steps, config.seed, batch_size=rows,
+                           pad_id=tokenizer.pad_token_id, packing=wanted.packing, microbatch_tokens=wanted.microbatch_tokens)
     return model, optimizer, loader, tokenizer
 
 
 def train(model, optimizer, loader, device) -> Iterator[tuple[float, dict]]:
     """Takes steps as sft.main does; yields (loss, the last microbatch) after each."""
-    sums = Counter()
-    for batch in loader:
-        batch = sft.to_device(batch, device)
-        loss, metrics = sft.get_batch_metrics(model, batch, "train", batch["global_target_count"])
-        loss.backward()
-        sums.update(metrics)
-        if batch["ends_step"]:
-            clip_gradients(model.parameters(), 1.0).item()
-            means = all_reduce_means(sums)
-            sums.clear()
-            optimizer.step()
-            optimizer.zero_grad()
-            yield means["loss/train"], batch
+    for first in range(0, loader.n_examples, loader.batch_size):
+        sums = {}
+        for batch in loader.microbatches(first):
+            batch = to_device(batch, device)
+            loss, metrics = sft.get_batch_metrics(model, batch, "train", batch["global_target_count"])
+            loss.backward()
+            accumulate(sums, metrics)
+        clip_gradients(model.parameters(), 1.0).item()
+        means = all_reduce_means(sums)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield means["loss/train"], batch
 
 
 def synchronize(device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def time_kernel(args, device) -> None:
+    compare(*((256, 64, 1000) if args.small else (8192, 4096, 128256)), args.device, compute_dtype(device), repeats=9)
 
 
 @contextlib.contextmanager
@@ -152,41 +150,11 @@ def counted_waits():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def time_kernel(args) -> None:
-    n, h, v = (256, 64, 1000) if args.small else (8192, 4096, 128256)
-    dtype = compute_dtype(torch.device(args.device))
-    hidden = torch.randn(n, h, device=args.device, dtype=dtype, requires_grad=True)
-    weight = (0.02 * torch.randn(v, h, device=args.device)).to(dtype).requires_grad_()
-    labels = torch.randint(v, (n,), device=args.device)
-
-    def fused():
-        hidden.grad = weight.grad = None
-        (-linear_logps(hidden, weight, labels, uniform=True, fuse=True).sum()).backward()
-
-    runs = candidates(hidden, weight, labels) | {"linear_logps, uniform, fused": fused}
-    extra, gradients = {}, (hidden.numel() + weight.numel()) * hidden.element_size()
-    for name, run in [*runs.items()]:
-        try:
-            run()  # compiles
-            hidden.grad = weight.grad = None
-            extra[name] = peak_extra_memory(run, args.device) - (0 if "limit" in name else gradients)
-        except Exception as error:  # one of torch's own may not take the shape
-            print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
-            del runs[name]
-    seconds = time_interleaved(runs, 9, args.device)
-    limit = seconds["three matmuls (the limit)"]
-    print(f"N {n}, H {h}, V {v}: the limit is {limit * 1e3:.2f} ms = {6 * n * h * v / limit / 1e12:.3g} TFLOP/s")
-    show("forward + backward", "ms", "time / limit", "extra MB")
-    for name in runs:
-        show(name, f"{seconds[name] * 1e3:.2f}", f"{seconds[name] / limit:.2f}", f"{extra[name] / 1e6:.0f}")
-
-
-def time_steps(args, way: str) -> None:
+def time_steps(args, device, way: str) -> None:
     started = time.perf_counter()
-    _, _, device = init_processes()
-    shape = LLAMA | {"num_hidden_layers": args.layers}
-    model, optimizer, loader, _ = make_run(args, device, shape, 9, 30, compute_dtype(device), **WAYS[way])
-    flops, peak = count_flops(model), sft.peak_flops(device)
+    model, optimizer, loader, _ = make_run(args, device, LLAMA | {"num_hidden_layers": args.layers}, 9, 30,
+                                           compute_dtype(device), **WAYS[way])
+    flops, peak = count_flops(model), peak_flops(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     steps = train(model, optimizer, loader, device)
@@ -206,7 +174,7 @@ def time_steps(args, way: str) -> None:
                      zip(("global_token_count", "global_target_count", "global_squared_lengths"), flops))
         rates.append((batch["global_token_count"] / seconds, needed / seconds, seconds * 1e3))
     speed, done, duration = map(statistics.median, zip(*rates))  # of five; one may compile anew
-    show(way, f"{speed:,.0f}", f"{done / peak:.3f}" if peak else "-", f"{sft.peak_memory(device) / 1e9:.1f}", f"{to_first:.1f}",
+    show(way, f"{speed:,.0f}", f"{done / peak:.3f}" if peak else "-", f"{peak_memory(device) / 1e9:.1f}", f"{to_first:.1f}",
          f"{duration:.0f}", f"{max(rates, key=lambda rate: rate[2])[2]:.0f}")
     if wanted:
         print(f"  {sum(places.values())} waits for the GPU in a step of {way}:", flush=True)
@@ -214,8 +182,7 @@ def time_steps(args, way: str) -> None:
             print(f"  {count:4} at {place}", flush=True)
 
 
-def compare_bf16(args) -> None:
-    _, _, device = init_processes()
+def compare_bf16(args, device) -> None:
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, optimizer, loader, _ = make_run(args, device, SMOLLM2, 20, 8, dtype, lr=1e-3)
@@ -226,33 +193,34 @@ def compare_bf16(args) -> None:
     for step in (1, 5, 10, 20):
         show(step, *(f"{value:.5f}" for value in (fp32[step - 1], bf16[step - 1], bf16[step - 1] - fp32[step - 1])))
     step = max(range(20), key=lambda i: abs(fp32[i] - bf16[i]))
-    print(f"greatest difference {abs(fp32[step] - bf16[step]):.5f} at step {step + 1}")
+    print(f"greatest difference {abs(fp32[step] - bf16[step]):.5f} at step {step + 1}", flush=True)
 
 
-def time_storage(args) -> None:
-    _, _, device = init_processes()
+def time_storage(args, device) -> None:
     model, optimizer, loader, tokenizer = make_run(args, device, LLAMA | {"num_hidden_layers": 2}, 1, 8, compute_dtype(device))
     [*train(model, optimizer, loader, device)]  # fills the optimizer's state
     size = sum(tensor.nbytes for tensor in training_state(model, optimizer).values())
-    file, checkpoint, final = (Path(args.folder, name) for name in ("bare", "step-1", "FINAL"))
-    show(f"storage, {args.folder}", "GB", "s", "GB/s")
+    bare, checkpoint, final = (args.folder / name for name in ("bare", "step-1", "FINAL"))
+    bare.mkdir()
 
-    def timed(name: str, work, folder: Path) -> None:
-        for path in [folder, *folder.rglob("*")] if folder.exists() else []:
-            with open(path, "rb") if path.is_file() else contextlib.nullcontext() as stream:  # read from the disk, not memory
-                if stream:
-                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    def files(folder: Path) -> list[Path]:
+        return [path for path in folder.rglob("*") if path.is_file()]
+
+    def timed(name: str, work: Callable, folder: Path) -> None:
+        for path in files(folder):
+            with open(path, "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it is read from the disk, not from memory
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
         seconds = time.perf_counter() - started
-        moved = sum(path.stat().st_size for path in [folder, *folder.rglob("*")] if path.is_file()) / 1e9
+        moved = sum(path.stat().st_size for path in files(folder)) / 1e9
         show(name, f"{moved:.3f}", f"{seconds:.2f}", f"{moved / seconds:.2f}")
 
     def write() -> None:
         block = os.urandom(1 << 26)
-        with open(file, "wb") as stream:
+        with open(bare / "file", "wb") as stream:
             for start in range(0, size, len(block)):
                 stream.write(memoryview(block)[:size - start])
             stream.flush()
@@ -260,82 +228,79 @@ def time_storage(args) -> None:
 
     def read() -> None:
         block = bytearray(1 << 26)
-        with open(file, "rb", buffering=0) as stream:
+        with open(bare / "file", "rb", buffering=0) as stream:
             while stream.readinto(block):
                 pass
 
-    timed("bare write", write, file)
-    timed("bare read", read, file)
-    file.unlink()
+    show(f"storage, {args.folder}", "GB", "s", "GB/s")
+    timed("bare write", write, bare)
+    timed("bare read", read, bare)
+    shutil.rmtree(bare)
     timed("save_checkpoint", lambda: save_checkpoint(checkpoint, model, optimizer, {"step": 1}), checkpoint)
     timed("load_checkpoint", lambda: load_checkpoint(checkpoint, model, optimizer), checkpoint)
-    timed("export_model", lambda: sft.export_model(final, model, tokenizer, {}, False, True, None), final)
+    timed("export_model", lambda: export_model(final, model, tokenizer, 1, {"step": 1}, dataclasses.asdict(Config())), final)
 
 
-def resume(args) -> None:
-    folder = Path(args.folder, "resume")
-    folder.mkdir()
-    subprocess.run([sys.executable, ROOT / "make_tiny.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+def resume(args, device) -> None:
+    subprocess.run([sys.executable, ROOT / "make_tiny.py"], cwd=args.folder, check=True, stdout=subprocess.DEVNULL)
+    rows = 32 if args.small else 128
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "sft.py", "--config",
-               ROOT / "configs/tiny.py", "n_examples=3840", "save_every=1280", "n_eval_answers=0"]
+               ROOT / "configs/tiny.py", f"model.batch_size={rows}", f"n_examples={30 * rows}", f"save_every={10 * rows}",
+               "n_eval_answers=0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the two runs go side by side
 
     def start(name: str) -> subprocess.Popen:
-        with open(folder / f"{name}.log", "a") as log:
-            return subprocess.Popen([*command, f"exp_name={name}"], cwd=folder, env=environment, stdout=log, stderr=log)
+        with open(args.folder / f"{name}.log", "a") as log:
+            return subprocess.Popen([*command, f"exp_name={name}"], cwd=args.folder, env=environment, stdout=log, stderr=log)
 
     def losses(name: str) -> list[float]:
-        metrics = folder / ".cache" / name / "metrics.jsonl"
+        metrics = args.folder / ".cache" / name / "metrics.jsonl"
         lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # the last may be half written
         return [record["loss/train"] for record in map(json.loads, lines) if "loss/train" in record]
 
     undisturbed, killed = start("undisturbed"), start("killed")
     while killed.poll() is None and len(losses("killed")) < 14:  # checkpoints are written after steps 10, 20 and 30
         time.sleep(0.002)
-    for member in family(killed.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member, signal.SIGKILL)
+    kill_family(killed.pid)
     killed.wait()
     reached = len(losses("killed"))
-    codes = start("killed").wait(), undisturbed.wait()
-    for name, code in zip(("killed", "undisturbed"), codes):
-        if code:
-            raise RuntimeError(f"{name} ended with {code}: {(folder / f'{name}.log').read_text()[-1500:]}")
-    said = [line for line in (folder / "killed.log").read_text().splitlines() if line.startswith("resumed after")]
-    print(f"killed at step {reached} of 30;", said[-1].rpartition(" from ")[0] if said else "not resumed: the kill came too late",
-          flush=True)
-    a, b = (torch.tensor(losses(name), dtype=torch.float64) for name in ("undisturbed", "killed"))
-    files = [folder / ".cache" / name / "FINAL/model.safetensors" for name in ("undisturbed", "killed")]
-    first, second = (file.read_bytes() for file in files)
-    if first == second and torch.equal(a, b):
-        return print(f"same bits: FINAL/model.safetensors ({len(first):,} bytes) and the losses of {len(a)} steps")
-    from safetensors.torch import load_file
-    weights = [load_file(file) for file in files]
-    greatest = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+    codes = {"killed": start("killed").wait(), "undisturbed": undisturbed.wait()}
+    for name in (name for name, code in codes.items() if code):
+        raise RuntimeError(f"{name} ended with {codes[name]}: {(args.folder / f'{name}.log').read_text()[-1500:]}")
+    said = [line for line in (args.folder / "killed.log").read_text().splitlines() if line.startswith("resumed from")]
+    print(f"killed at step {reached} of 30;", said[-1] if said else "not resumed: the kill came too late", flush=True)
+    first, second = (args.folder / ".cache" / name / "FINAL/model.safetensors" for name in codes)
+    a, b = map(losses, codes)
+    if first.read_bytes() == second.read_bytes() and a == b:
+        return print(f"same bits: FINAL/model.safetensors ({first.stat().st_size:,} bytes) and the losses of {len(a)} steps")
+    first, second = load_file(first), load_file(second)
+    greatest = max((first[name] - second[name]).abs().max().item() for name in first)
     print(f"NOT the same bits: the weights differ by up to {greatest:.3g}, the losses by up to "
-          f"{(a - b).abs().max().item() if len(a) == len(b) else f'{len(a)} against {len(b)} steps'}")
+          f"{max(abs(x - y) for x, y in zip(a, b)):.3g}, of {len(a)} and {len(b)} steps")
 
 
-def work(args) -> None:
-    """The process of one part: waits, with its libraries imported, for its turn."""
-    turn = sys.stdin.readline()
-    if not turn:
-        return
+# ---------------------------------------------------------------------------------------------------------------------
+# Their processes
+
+
+def work(args, task: str, is_first: bool) -> None:
+    """The process of one part, or of one way of taking steps."""
+    if not os.environ.get("VERBOSE"):
+        os.dup2(os.open(args.folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        if turn.strip() == "first":
-            print(describe_machine(args.device, compute_dtype(torch.device(args.device))), flush=True)
-        if args.task in WAYS:
-            time_steps(args, args.task)
-        else:
-            {"kernel": time_kernel, "bf16": compare_bf16, "storage": time_storage, "resume": resume}[args.task](args)
-        sys.stdout.flush()
-    except Exception as error:
-        traceback.print_exc()
-        print(f"{args.task}: FAILED: {type(error).__name__}: {' '.join(str(error).split())[:600]}", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    _, _, device = init_processes()
+    if is_first:
+        print(describe_machine(args.device, compute_dtype(device)), flush=True)
+    parts = {"kernel": time_kernel, "bf16": compare_bf16, "storage": time_storage, "resume": resume}
+    parts[task](args, device) if task in parts else time_steps(args, device, task)
+    end_process()
+
+
+def kill_family(pid: int) -> None:
+    for member in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
 
 
 def main() -> None:
@@ -346,60 +311,40 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS], help="of taking steps")
     parser.add_argument("--layers", type=int, default=8, help="of the model that takes steps")
     parser.add_argument("--minutes", type=float, default=7, help="what has not begun by then is left out")
-    parser.add_argument("--folder", help="where to write; a temporary one in it is removed at the end")
-    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="where to write; all is removed again")
     args = parser.parse_args()
-    if args.task:
-        return work(args)
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    assert not torch.cuda.is_initialized(), "a process that is forked from one that uses a GPU can't use it"
 
-    end = time.monotonic() + 60 * args.minutes
+    begin, parent = time.monotonic(), args.folder
     tasks = [(part, task) for part in PARTS if part in args.parts for task in (args.ways if part == "steps" else [part])]
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # eight layers nearly fill 80 GB
-    environment |= {"HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
-    with tempfile.TemporaryDirectory(dir=args.folder) as root:
-        workers = []
+    for i, (part, task) in enumerate(tasks):
+        started = time.monotonic()
+        left = begin + 60 * args.minutes - started
+        if left < 10:
+            print(f"{task}: SKIPPED, the {args.minutes:g} minutes are over", flush=True)
+            continue
+        if part not in dict(tasks[:i]):
+            print(f"\n--- {part}, {started - begin:.0f} s after the start", flush=True)
+            if part == "steps":
+                show("step", "tokens/s", "MFU", "peak GB", "s to first", "ms, median", "ms, slowest")
+        args.folder = Path(tempfile.mkdtemp(dir=parent))
+        worker = multiprocessing.get_context("fork").Process(target=work, args=(args, task, i == 0))
         try:
-            for i, (part, task) in enumerate(tasks):
-                folder = Path(root, str(i))
-                folder.mkdir()
-                command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--task", task]
-                workers.append((part, task, folder, subprocess.Popen(
-                    command, env=environment, stdin=subprocess.PIPE, text=True,
-                    stderr=None if os.environ.get("VERBOSE") else open(folder / "stderr", "w"))))
-            before, turn = None, "first"
-            for part, task, folder, worker in workers:
-                left, started = end - time.monotonic(), time.monotonic()
-                if left < 10:
-                    print(f"{task}: SKIPPED, the {args.minutes:g} minutes are over", flush=True)
-                    continue
-                if part != before:
-                    print(f"\n--- {part}, {60 * args.minutes - left:.0f} s after the start", flush=True)
-                    if part == "steps":
-                        show("step", "tokens/s", "MFU", "peak GB", "s to first", "ms, median", "ms, slowest")
-                before = part
-                try:
-                    worker.communicate(f"{turn}\n", timeout=min(PARTS[part], left))
-                    turn = "next"
-                    if worker.returncode:
-                        errors = (folder / "stderr").read_text()[-600:] if (folder / "stderr").exists() else ""
-                        print(f"{task}: FAILED with exit code {worker.returncode}: {' '.join(errors.split())}", flush=True)
-                except subprocess.TimeoutExpired:
-                    end_family(worker)
-                    print(f"{task}: STOPPED after {time.monotonic() - started:.0f} s", flush=True)
-                shutil.rmtree(folder, ignore_errors=True)
+            worker.start()
+            worker.join(min(PARTS[part], left) if args.device == "cuda" else left)
+            if worker.is_alive():
+                print(f"{task}: STOPPED after {time.monotonic() - started:.0f} s", flush=True)
+            elif worker.exitcode:
+                errors = (args.folder / "stderr").read_text()[-600:] if (args.folder / "stderr").exists() else ""
+                print(f"{task}: FAILED with exit code {worker.exitcode}: {' '.join(errors.split())}", flush=True)
         finally:
-            for *_, worker in workers:
-                end_family(worker)
-    print(f"\ndone after {time.monotonic() - end + 60 * args.minutes:.0f} s", flush=True)
-
-
-def end_family(worker: subprocess.Popen) -> None:
-    """Ends a part's process, where it still runs, with all that it has started."""
-    if worker.poll() is None:
-        for member in family(worker.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
-        worker.wait()
+            if worker.is_alive():
+                kill_family(worker.pid)
+                worker.join()
+            shutil.rmtree(args.folder, ignore_errors=True)
+    print(f"\ndone after {time.monotonic() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

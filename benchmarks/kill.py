@@ -63,6 +63,11 @@ def read_records(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
 
 
+def last_step(run: Path) -> int:
+    """Returns the last one whose checkpoint is written or being written."""
+    return max((int(path.stem.split("-")[1]) for path in run.glob("checkpoints/step-*")), default=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -85,10 +90,14 @@ def main() -> None:
         if process.wait():
             sys.exit((folder / "stderr").read_text())
         training = time.perf_counter() - started - before_training
-        run, kills, while_saving, steps = folder / "runs/killed", 0, 0, []
+        run, kills, while_saving, steps, n_steps = folder / "runs/killed", 0, 0, [], 2 * args.rows // 32
         while True:
             process = start(folder, "killed")
-            moment = rng.uniform(0, before_training) if rng.random() < 0.2 else before_training + rng.uniform(-1, 0.7 * training)
+            early = rng.random() < 0.2
+            step = rng.randint(last_step(run) + 1, n_steps + 1)  # or beyond the last: it gets through
+            while not early and last_step(run) < step and process.poll() is None:
+                time.sleep(0.01)
+            moment = rng.uniform(0, before_training if early else training / n_steps)
             try:
                 process.wait(timeout=moment if kills < args.kills else None)
             except subprocess.TimeoutExpired:
@@ -98,14 +107,14 @@ def main() -> None:
                 process.wait()
                 kills += 1
                 while_saving += bool([*run.glob("**/*.partial")])
-                steps.append(max((int(path.stem.split("-")[1]) for path in run.glob("checkpoints/step-*")), default=0))
+                steps.append(last_step(run))
                 continue
             if process.returncode:
                 sys.exit((folder / "stderr").read_text())
             if kills >= args.kills:
                 break
-            run.rename(run.with_name(f"killed-{kills}"))  # it got through: the next one begins anew
-            check(folder, run.with_name(f"killed-{kills}"))
+            finished = run.rename(run.with_name(f"killed-{len([*run.parent.iterdir()])}"))  # it got through: begin anew
+            check(folder, finished)
         check(folder, run)
         print(f"{kills} kills, {while_saving} of them while a checkpoint was written; the last step on the disk at each: {steps}")
         print("weights and metrics.jsonl are the undisturbed run's, bit for bit")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from common import describe_machine, peak_extra_memory, print_table, time_interleaved
 
-from model_utils import linear_logps
+from logps import linear_logps
 
 
 def candidates(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -35,6 +35,8 @@ def candidates(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
 
     runs = {"three matmuls (the limit)": three_matmuls,
             "linear_logps, uniform": differentiated(lambda: -linear_logps(hidden, weight, labels, uniform=True).sum()),
+            "linear_logps, uniform, fused": differentiated(
+                lambda: -linear_logps(hidden, weight, labels, uniform=True, fuse=True).sum()),
             "linear_logps, any weights": differentiated(lambda: -linear_logps(hidden, weight, labels).sum()),
             "naive log_softmax + gather": differentiated(naive),
             "F.cross_entropy": differentiated(lambda: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum"))}
@@ -43,6 +45,31 @@ def candidates(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
         runs["F.linear_cross_entropy, chunked"] = differentiated(
             lambda: F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=chunked))
     return runs
+
+
+def compare(n: int, h: int, v: int, device: str, dtype: torch.dtype, repeats: int) -> None:
+    """Prints a table of the candidates for n hidden states of h numbers, and a vocabulary of v."""
+    hidden = torch.randn(n, h, device=device, dtype=dtype, requires_grad=True)
+    weight = (0.02 * torch.randn(v, h, device=device)).to(dtype).requires_grad_()
+    labels = torch.randint(v, (n,), device=device)
+    runs, extra = candidates(hidden, weight, labels), {}
+    gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
+    for name, run in [*runs.items()]:
+        try:
+            run()  # compiles
+        except Exception as error:  # one of torch's own may not take the shape
+            print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+            del runs[name]
+            continue
+        hidden.grad = weight.grad = None
+        extra[name] = peak_extra_memory(run, device) - (0 if "limit" in name else gradients)
+    seconds = time_interleaved(runs, repeats, device)
+    limit = seconds["three matmuls (the limit)"]
+    print(f"\nN {n}, H {h}, V {v}: the limit is {limit * 1e3:.2f} ms = {6 * n * h * v / limit / 1e12:.3g} TFLOP/s")
+    naive = extra.get("naive log_softmax + gather")
+    print_table(["forward + backward", "ms", "time / limit", "extra memory, MB", "of naive's"],
+                [[name, f"{seconds[name] * 1e3:.2f}", f"{seconds[name] / limit:.2f}", f"{extra[name] / 1e6:.0f}",
+                  f"{extra[name] / naive:.2f}" if naive else ""] for name in runs])
 
 
 def main() -> None:
@@ -55,22 +82,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     print(describe_machine(args.device, dtype))
     for shape in args.shapes:
-        n, h, v = map(int, shape.split(","))
-        hidden = torch.randn(n, h, device=args.device, dtype=dtype, requires_grad=True)
-        weight = (0.02 * torch.randn(v, h, device=args.device)).to(dtype).requires_grad_()
-        labels = torch.randint(v, (n,), device=args.device)
-        runs = candidates(hidden, weight, labels)
-        gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
-        extra = {}
-        for name, run in runs.items():
-            hidden.grad = weight.grad = None
-            extra[name] = peak_extra_memory(run, args.device) - (0 if "limit" in name else gradients)
-        seconds = time_interleaved(runs, args.repeats, args.device)
-        limit = seconds["three matmuls (the limit)"]
-        print(f"\nN {n}, H {h}, V {v}: the limit is {limit * 1e3:.0f} ms = {6 * n * h * v / limit / 1e9:.0f} GFLOP/s")
-        print_table(["forward + backward", "time / limit", "extra memory, MB", "of naive's"],
-                    [[name, f"{seconds[name] / limit:.2f}", f"{extra[name] / 1e6:.0f}",
-                      f"{extra[name] / extra['naive log_softmax + gather']:.2f}"] for name in runs if "limit" not in name])
+        compare(*map(int, shape.split(",")), args.device, dtype, args.repeats)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from common import describe_machine, print_table, resident
 
-from configs.base import Config, ModelConfig
-from fsdp_utils import init_processes, load_shards, shard_model, write_gathered
-from model_utils import load_tokenizer, save_model
+from checkpoint import save_model, write_gathered
+from configs.base import ModelConfig
+from fsdp_utils import end_process, init_processes, make_mesh, shard_model
+from model_utils import load_tokenizer, load_weights
 from sft import make_model
 
 
@@ -48,9 +49,9 @@ def work(args) -> None:
     rank, world_size, device = init_processes()
     tokenizer = load_tokenizer(args.model, ".cache")
     with Peak() as loading:
-        model = make_model(Config(model=ModelConfig(name_or_path=args.model)), tokenizer, None, device)
-        shard_model(model, device, "target_logps")
-        load_shards(model, model.weight_files)
+        model = make_model(ModelConfig(name_or_path=args.model), tokenizer, None, ".cache", device)
+        shard_model(model, make_mesh(device), "target_logps")
+        load_weights(model)
     with tempfile.TemporaryDirectory() as folder, Peak() as writing:
         write_gathered(model, lambda parts: save_model(Path(folder), model, parts), args.part_bytes)
     facts = [loading.anonymous, loading.mapped, writing.anonymous, sum(p.numel() for p in model.parameters()) * 4]
@@ -58,7 +59,7 @@ def work(args) -> None:
     dist.all_gather_object(everyone, facts)
     if rank == 0:
         print(json.dumps(everyone))
-    dist.destroy_process_group()
+    end_process()
 
 
 def main() -> None:

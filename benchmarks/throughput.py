@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --model MODEL_FOLDER --data chats.jsonl --max-length 4096 --device cuda
 
 Each way to train runs in a process of its own, so that its peak memory is its own; they take turns, step by step, on the
-same rows. A real token is one that is not padding. What is compared:
+same rows. A step begins with making its batch, but for the limit's. A real token is one that is not padding. What is compared:
     ours             this project's step: packed rows, the fused log-prob kernel, FSDP2, clipping, AdamW
     ours, compiled   the same with model.compile
     ours, LoRA       ours with adapters on all linears (r 64)
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,10 +37,11 @@ import transformers
 from common import describe_machine, print_table, resident
 
 import sft
-from configs.base import Config, ModelConfig
-from data import ChatEncoder, SFTDataLoader, tokenise
-from fsdp_utils import clip_gradients, init_processes, load_shards, shard_model
-from model_utils import compute_dtype, enable_packing, load_model, load_tokenizer
+from chat import ChatEncoder, list_files, read_rows, to_messages
+from configs.base import ModelConfig
+from data import SFTDataLoader, to_device, tokenise
+from fsdp_utils import clip_gradients, end_process, init_processes, make_mesh, shard_model
+from model_utils import compute_dtype, enable_packing, load_model, load_tokenizer, load_weights
 
 WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "TRL, no checkpointing", "the limit")
 
@@ -47,54 +49,46 @@ WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", 
 def load_rows(args):
     tokenizer = load_tokenizer(args.model, ".cache")
     encoder = ChatEncoder(tokenizer, args.max_length, args.max_length // 2)
-    return tokenizer, encoder, tokenise([args.data], encoder, ".cache")
+    return tokenizer, encoder, tokenise(list_files([args.data]), encoder, ".cache")
 
 
-def load_batches(args, tokenizer, rows, packing: bool) -> list[list[dict]]:
-    """Returns the microbatches of each step."""
-    loader = SFTDataLoader(rows, np.arange(len(rows)), args.batch_size, args.batch_size * args.steps, None,
-                           tokenizer.pad_token_id, packing, max(args.microbatch_tokens, args.max_length))
-    steps = [[]]
-    for batch in loader.batches():
-        steps[-1].append(batch)
-        if batch["ends_step"]:
-            steps.append([])
-    return steps[:-1]
+def make_loader(args, tokenizer, rows, packing: bool) -> SFTDataLoader:
+    return SFTDataLoader(rows, np.arange(len(rows)), args.batch_size * args.steps, batch_size=args.batch_size,
+                         pad_id=tokenizer.pad_token_id, packing=packing,
+                         microbatch_tokens=max(args.microbatch_tokens, args.max_length))
 
 
-def make_ours(args, adapters: str | None = None):
+def make_ours(args, device, adapters: str | None = None):
     """Returns step(i), which trains on the batch of step i."""
-    _, _, device = init_processes()
     tokenizer, encoder, rows = load_rows(args)
-    config = Config(lr=2e-5, model=ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile))
+    config, dtype = ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile), compute_dtype(device)
     if adapters == "PEFT's":
         import peft
-        model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", compute_dtype(device))
-        settings = {key: getattr(config.model.peft, key) for key in ("lora_alpha", "lora_dropout", "target_modules")}
-        model = peft.get_peft_model(model, peft.LoraConfig(r=config.model.peft.lora_r, task_type="CAUSAL_LM", **settings))
+        model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", dtype, args.compile and device.type == "cuda")
+        settings = {key: getattr(config.peft, key) for key in ("lora_alpha", "lora_dropout", "target_modules")}
+        model = peft.get_peft_model(model, peft.LoraConfig(r=config.peft.lora_r, task_type="CAUSAL_LM", **settings))
         model = model.get_base_model()
     else:
-        model = sft.make_model(config, tokenizer, encoder.stop_id, device)
-    shard_model(model, device, "target_logps", dtype=compute_dtype(device), recompute=args.checkpointing, compile=args.compile)
-    load_shards(model, model.weight_files)
-    optimizer = sft.make_optimizer(model, config)
-    why_not = enable_packing(model, device)
+        model = sft.make_model(config, tokenizer, encoder.stop_id, ".cache", device)
+    shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=args.checkpointing, compile=args.compile)
+    load_weights(model)
+    optimizer = sft.make_optimizer(model, 2e-5, (0.9, 0.999), 1e-5, 0.01)
+    loader = make_loader(args, tokenizer, rows, enable_packing(model, device))
     model.train()
-    batches = load_batches(args, tokenizer, rows, packing=not why_not)
 
     def step(i: int) -> None:
-        for batch in batches[i]:
-            loss, _ = sft.get_batch_metrics(model, sft.to_device(batch, device), "train", batch["global_target_count"])
+        for batch in loader.microbatches(i * args.batch_size):
+            loss, _ = sft.get_batch_metrics(model, to_device(batch, device), "train", batch["global_target_count"])
             loss.backward()
-        clip_gradients(model.parameters(), 1.0)
+        clip_gradients(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     return step
 
 
-def make_padded(args):
+def make_padded(args, device):
     tokenizer, encoder, rows = load_rows(args)
-    model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache").to(args.device).train()
+    model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache").to(device).train()
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
@@ -111,9 +105,9 @@ def make_padded(args):
                 n = len(row_ids)
                 ids[row, :n], mask[row, :n] = torch.from_numpy(row_ids.astype(np.int64)), 1
                 labels[row, :n] = torch.from_numpy(np.where(trained, row_ids, -100).astype(np.int64))
-            with torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else contextlib.nullcontext():
-                logits = model(input_ids=ids.to(args.device), attention_mask=mask.to(args.device)).logits[:, :-1]
-            targets = labels[:, 1:].to(args.device)
+            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
+                logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
+            targets = labels[:, 1:].to(device)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / n_targets
             loss.backward()
             del logits, loss
@@ -123,24 +117,23 @@ def make_padded(args):
     return step
 
 
-def make_limit(args):
+def make_limit(args, device):
     tokenizer, encoder, rows = load_rows(args)
-    device = torch.device(args.device)
     model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", compute_dtype(device)).to(device)
-    why_not = enable_packing(model, device)
+    loader = make_loader(args, tokenizer, rows, enable_packing(model, device))
+    batches = [[*loader.microbatches(i * args.batch_size)] for i in range(args.steps)]
     weight = model.get_output_embeddings().weight
-    batches = load_batches(args, tokenizer, rows, packing=not why_not)
     grad_weight = torch.empty_like(weight)
 
     def step(i: int) -> None:
         for batch in batches[i]:
-            batch = sft.to_device(batch, device)
+            batch = to_device(batch, device)
             ends, longest = batch["document_ends"], batch["longest"]
             hidden = model.base_model(
                 input_ids=batch["target_combined_input_ids"], position_ids=batch["position_ids"], use_cache=False,
                 cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest).last_hidden_state
             with torch.no_grad():
-                needed = hidden.flatten(0, 1)[batch["target_positions"] - 1]
+                needed = hidden.flatten(0, 1)[batch["predicting_positions"]]
                 for rows_ in needed.split(1024):
                     logits = rows_ @ weight.T
                     torch.mm(logits, weight)
@@ -163,8 +156,10 @@ def run_trl(args, step_began, step_ended) -> None:
             step_ended()
 
     tokenizer, _, rows = load_rows(args)
-    sources = [rows.source(i) for i in range(args.batch_size * args.steps)]
-    sources = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in sources]
+    lines = dict(read_rows(Path(args.data)))
+    chats = [[{key: message[key] for key in ("role", "content")} for message in to_messages(lines[line])]
+             for line in rows.lines[:args.batch_size * args.steps].tolist()]
+    sources = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
     per_forward = min(args.batch_size, args.rows)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
@@ -201,11 +196,13 @@ def work(args) -> None:
     adapters = {"ours, LoRA": "ours", "PEFT's LoRA": "PEFT's"}.get(args.way)
     makers = {"padded": make_padded, "the limit": make_limit}
     args.compile |= args.way == "ours, compiled"
-    step = makers.get(args.way, functools.partial(make_ours, adapters=adapters))(args)
+    _, _, device = init_processes()
+    step = makers.get(args.way, functools.partial(make_ours, adapters=adapters))(args, device)
     for i in range(args.steps):
         began()
         step(i)
         ended()
+    end_process()
 
 
 def main() -> None:
@@ -234,8 +231,10 @@ def main() -> None:
     print(describe_machine(args.device, compute_dtype(torch.device(args.device))))
     print(f"{args.model}: {args.batch_size} rows a step, max_length {args.max_length}, {lengths.mean():.0f} real tokens a step, "
           f"{targets / lengths.sum():.0%} of them targets")
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
     workers = {way: subprocess.Popen([sys.executable, *sys.argv, "--way", way], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                     stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL, text=True) for way in ways}
+                                     stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL, text=True,
+                                     env=environment) for way in ways}
     speed, peak = {way: [] for way in ways}, {}
     for n_tokens in lengths.tolist():
         for way, worker in workers.items():

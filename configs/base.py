@@ -1,4 +1,4 @@
-"""Every knob of a run: one dataclass tree, one comment each.
+"""Every knob of a run, each on one line: type, default, bounds, whether a resumed run may change it, and what it means.
 
 A config file is Python that ends in `config = Config(...)`: it is executed, so run only files you trust. The command
 line overrides it by dotted keys, `model.max_length=1024 datasets=[a.jsonl,b.jsonl]`; a leading `++` or `--` is accepted.
@@ -6,88 +6,106 @@ This file imports nothing heavy, so that --help and a misspelt key answer at onc
 in a config file too, where it is assigned to.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import importlib.util
-import inspect
 import json
 import math
 import os
 import re
 import runpy
+import sys
+import time
 import types
 import typing
 from dataclasses import dataclass, field
 
+ANY = ("", lambda value: True)
+ABOVE_0 = ("above 0", lambda value: value > 0)
+NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
+FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+# Whether a resumed run may have another value: it may where each step's rows and loss stay the same. (The data sets may have
+# moved: the rows themselves are compared.)
+FIXED, FREE = False, True
+
+
+def knob(default, bounds: tuple, may_change: bool, meaning: str):
+    """A field of the dataclasses below. A list's default is copied for each; bounds don't hold for null."""
+    metadata = {"bounds": bounds, "may_change": may_change, "meaning": meaning}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
 
 @dataclass(slots=True)
 class PeftConfig:
-    lora_r: int = 64  # rank of the low-rank update
-    lora_alpha: float = 256  # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.05  # dropout on the input of the update
-    target_modules: str | list[str] = "all-linear"  # names of linears, [q_proj,v_proj], or all-linear: all but the head
-    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) instead, which keeps large ranks from learning slowly
+    lora_r: int = knob(64, ABOVE_0, FIXED, "rank of the low-rank update")
+    lora_alpha: float = knob(256, ANY, FIXED, "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = knob(0.05, FRACTION, FIXED, "dropout on the input of the update")
+    target_modules: str | list[str] = knob("all-linear", ANY, FIXED, "names of linears, [q_proj,v_proj], or all but the head")
+    use_rslora: bool = knob(False, ANY, FIXED, "scale by lora_alpha / sqrt(lora_r), which keeps large ranks from learning slowly")
 
 
 @dataclass(slots=True)
 class ModelConfig:
-    name_or_path: str = ""  # required: a Hugging Face model, by hub name or folder (or describe one by random_init)
-    tokenizer_name_or_path: str = ""  # where the tokenizer is, if not with the model
-    random_init: dict | None = None  # a transformers config, {"model_type": "llama", ...}: random weights, nothing is loaded
-    load_from: str = ""  # folder with weights to start from instead of name_or_path's
-    from_checkpoint: str = ""  # checkpoint of another run to begin from: weights, optimizer, schedule, place in the data
-    batch_size: int = 32  # examples per optimizer step, over all ranks and accumulation steps
-    gradient_accumulation_steps: int = 1  # microbatches per rank and optimizer step, at least; more where the next key asks
-    microbatch_tokens: int = 8192  # tokens a rank computes with at once, at most (or one row): less memory, more microbatches
-    packing: bool = True  # rows share a row of the batch, unseen by each other, instead of being padded
-    max_length: int = 2048  # tokens per row; longer rows lose their oldest turns first, then the end of the last answer
-    max_prompt_length: int = 1024  # tokens of prompt kept in a row that is still too long after that
-    max_grad_norm: float = 1.0  # the gradient's global norm is clipped to this
-    activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
-    cpu_offload: bool = False  # keep shards, gradients and optimizer in the host's memory: for a model too large for the GPUs
-    replicas: int = 1  # copies of the model, each sharded over as many neighbouring ranks: HSDP, one copy a machine
-    compile: bool = False  # compile each block, and on a GPU the log-prob kernel's elementwise part: a minute at the start
-    use_peft: bool = False  # train LoRA adapters, not the weights
-    load_lora_from: str = ""  # folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale
+    name_or_path: str = knob("", ANY, FIXED, "required: a Hugging Face model, by hub name or folder (or random_init)")
+    tokenizer_name_or_path: str = knob("", ANY, FIXED, "where the tokenizer is, if not with the model")
+    random_init: dict | None = knob(None, ANY, FIXED, 'a transformers config, {"model_type": "llama", ...}: random weights')
+    load_from: str = knob("", ANY, FIXED, "folder with weights to start from instead of name_or_path's")
+    from_checkpoint: str = knob("", ANY, FREE, "another run's checkpoint to begin from: weights, optimizer, place in the data")
+    batch_size: int = knob(32, ABOVE_0, FIXED, "examples per optimizer step, over all ranks and accumulation steps")
+    gradient_accumulation_steps: int = knob(1, ABOVE_0, FREE, "microbatches per rank and step, at least; see the next key")
+    microbatch_tokens: int = knob(8192, ABOVE_0, FREE, "tokens a rank computes with at once, at most (or one row)")
+    packing: bool = knob(True, ANY, FREE, "rows share a row of the batch, unseen by each other, instead of being padded")
+    max_length: int = knob(2048, ABOVE_0, FIXED, "tokens per row; longer rows lose their oldest turns, then the answer's end")
+    max_prompt_length: int = knob(1024, ABOVE_0, FIXED, "tokens of prompt kept in a row that is still too long after that")
+    max_grad_norm: float = knob(1.0, ABOVE_0, FIXED, "the gradient's global norm is clipped to this")
+    activation_checkpointing: bool = knob(False, ANY, FREE, "recompute each block in the backward: less memory, more compute")
+    cpu_offload: bool = knob(False, ANY, FREE, "keep shards, gradients and optimizer in the host's memory")
+    replicas: int = knob(1, ABOVE_0, FREE, "copies of the model, each sharded over neighbouring ranks: HSDP, one a machine")
+    compile: bool = knob(False, ANY, FREE, "compile each block and, on a GPU, the log-prob kernel: a minute at the start")
+    use_peft: bool = knob(False, ANY, FIXED, "train LoRA adapters, not the weights")
+    load_lora_from: str = knob("", ANY, FIXED, "folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale")
     peft: PeftConfig = field(default_factory=PeftConfig)
 
 
 @dataclass(slots=True)
 class WandbConfig:
-    enabled: bool = False  # also log to Weights & Biases; metrics.jsonl is written in any case
-    project: str = "sft"  # W&B project
+    enabled: bool = knob(False, ANY, FREE, "also log to Weights & Biases; metrics.jsonl is written in any case")
+    project: str = knob("sft", ANY, FREE, "W&B project")
 
 
 @dataclass(slots=True)
 class Config:
-    exp_name: str = ""  # required: the run's name; it writes to {cache_dir}/{exp_name}
-    datasets: list[str] = field(default_factory=list)  # required: files, folders, names or hub:owner/name; *2 doubles a weight
-    eval_datasets: list[str] = field(default_factory=list)  # held-out ones; else the test splits of the named data sets
-    conditional: bool = False  # answers of named data sets begin with <|good|>, and rejected ones are trained on with <|bad|>
-    eval_fraction: float = 0.0  # fraction of the training rows to hold out where there are no eval_datasets
-    cache_dir: str = ".cache"  # where runs, tokenised data and downloaded models are kept
-    seed: int = 1  # of the shuffle, of random weights, of dropout
-    n_epochs: int = 1  # passes over the training rows
-    n_examples: int | None = None  # train on this many examples instead of n_epochs
-    lr: float = 5e-6  # peak learning rate, reached at the end of warmup
-    warmup: float = 0.10  # fraction of the steps with a linearly growing learning rate; after it, a cosine to 0
-    weight_decay: float = 0.01  # AdamW's, on matrices alone: not on norms and biases
-    beta1: float = 0.9  # AdamW: decay of the mean gradient
-    beta2: float = 0.999  # AdamW: decay of the mean squared gradient
-    eps: float = 1e-5  # AdamW: added to the root of the mean squared gradient
-    eval_every: int = 20_000  # examples between evaluations; there is always one at the end
-    n_eval_examples: int = 256  # held-out examples per evaluation
-    n_eval_answers: int = 0  # held-out prompts answered greedily at the first and the last evaluation, scored by exact match
-    do_first_eval: bool = True  # evaluate before the first step
-    intermediate_checkpoints: bool = False  # export the model at each evaluation, as FINAL is (of LoRA, the adapter)
-    save_every: int = 20_000  # examples between checkpoints to resume from; there is always one at the end
-    keep_last: int = 2  # checkpoints kept
-    stop_if_save_fails: bool = True  # stop where a checkpoint can't be written (a full disk), or else warn and go on
-    allow_changes: bool = False  # resume though the configuration or the data changed in a way that alters the run
-    max_skipped_steps: int = 5  # stop after as many steps in a row whose loss or gradient is not finite; they are skipped
-    timeout_minutes: float = 30  # a rank that waits longer than this for another one ends with an error
-    tensorboard: bool = False  # also log to {cache_dir}/{exp_name}/tensorboard
+    exp_name: str = knob("", ANY, FREE, "required: the run's name; it writes to {cache_dir}/{exp_name}")
+    datasets: list[str] = knob([], ANY, FREE, "required: files, folders, names or hub:owner/name; *2 doubles a weight")
+    eval_datasets: list[str] = knob([], ANY, FREE, "held-out ones; else the test splits of the named data sets")
+    conditional: bool = knob(False, ANY, FIXED, "named sets' answers begin with <|good|>; rejected ones, too, with <|bad|>")
+    eval_fraction: float = knob(0.0, FRACTION, FIXED, "fraction of the rows to hold out where there are no eval_datasets")
+    cache_dir: str = knob(".cache", ANY, FREE, "where runs, tokenised data and downloaded models are kept")
+    seed: int = knob(1, ANY, FIXED, "of the shuffle, of random weights, of dropout")
+    n_epochs: int = knob(1, ABOVE_0, FREE, "passes over the training rows")
+    n_examples: int | None = knob(None, ABOVE_0, FREE, "train on this many examples instead of n_epochs")
+    lr: float = knob(5e-6, ABOVE_0, FIXED, "peak learning rate, reached at the end of warmup")
+    warmup: float = knob(0.10, FRACTION, FIXED, "fraction of the steps in which the learning rate grows; then a cosine to 0")
+    weight_decay: float = knob(0.01, NOT_NEGATIVE, FIXED, "AdamW's, on matrices alone: not on norms and biases")
+    beta1: float = knob(0.9, FRACTION, FIXED, "AdamW: decay of the mean gradient")
+    beta2: float = knob(0.999, FRACTION, FIXED, "AdamW: decay of the mean squared gradient")
+    eps: float = knob(1e-5, ABOVE_0, FIXED, "AdamW: added to the root of the mean squared gradient")
+    eval_every: int = knob(20_000, ABOVE_0, FREE, "examples between evaluations; there is always one at the end")
+    n_eval_examples: int = knob(256, NOT_NEGATIVE, FREE, "held-out examples per evaluation")
+    n_eval_answers: int = knob(0, NOT_NEGATIVE, FREE, "held-out prompts answered before and after, scored by exact match")
+    do_first_eval: bool = knob(True, ANY, FREE, "evaluate before the first step")
+    intermediate_checkpoints: bool = knob(False, ANY, FREE, "export the model at each evaluation (of LoRA, the adapter)")
+    save_every: int = knob(20_000, ABOVE_0, FREE, "examples between checkpoints to resume from; there is always one at the end")
+    keep_last: int = knob(2, ABOVE_0, FREE, "checkpoints kept")
+    stop_if_save_fails: bool = knob(True, ANY, FREE, "stop where a checkpoint can't be written, or else warn and go on")
+    allow_changes: bool = knob(False, ANY, FREE, "resume though configuration or data changed in a way that alters the run")
+    max_skipped_steps: int = knob(5, ABOVE_0, FREE, "stop after as many consecutive steps of a loss or gradient not finite")
+    timeout_minutes: float = knob(30, ABOVE_0, FREE, "a rank that waits longer than this for another one ends with an error")
+    tensorboard: bool = knob(False, ANY, FREE, "also log to {cache_dir}/{exp_name}/tensorboard")
     wandb: WandbConfig = field(default_factory=WandbConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -96,8 +114,13 @@ class ConfigError(ValueError):
     """Everything that is wrong with a configuration, one line each."""
 
 
+def one_line(error: Exception) -> str:
+    """Returns the error's text, white space folded, of at most 300 characters; or its type's name where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def check(config: Config, world_size: int) -> list[str]:
-    """Returns what is wrong with the values, one line each."""
+    """Returns what is wrong with the values, one line each: those out of bounds, and those that do not go together."""
     model, errors = config.model, []
 
     def require(condition, message):
@@ -113,16 +136,9 @@ def check(config: Config, world_size: int) -> list[str]:
             'model.random_init needs a "model_type", as in {"model_type": "llama", "hidden_size": 128}')
     require(not model.random_init or model.name_or_path or model.tokenizer_name_or_path,
             "model.tokenizer_name_or_path is required where model.random_init describes the model")
-    for key in ("lr", "n_epochs", "n_examples", "eval_every", "eps", "model.max_length", "model.max_prompt_length",
-                "model.max_grad_norm", "model.peft.lora_r", "model.batch_size", "model.microbatch_tokens",
-                "model.gradient_accumulation_steps", "model.replicas", "save_every", "keep_last", "max_skipped_steps",
-                "timeout_minutes"):
-        value = get_key(config, key)
-        require(value is None or value > 0, f"{key}={value} must be above 0")
-    for key in ("weight_decay", "n_eval_examples", "n_eval_answers"):
-        require(get_key(config, key) >= 0, f"{key}={get_key(config, key)} must not be negative")
-    for key in ("warmup", "eval_fraction", "beta1", "beta2", "model.peft.lora_dropout"):
-        require(0 <= get_key(config, key) < 1, f"{key}={get_key(config, key)} must be at least 0 and below 1")
+    for key, (item, _) in knobs(Config):
+        (text, holds), value = item.metadata["bounds"], get_key(config, key)
+        require(value is None or holds(value), f"{key}={value} must be {text}")
     require(model.max_prompt_length < model.max_length, f"model.max_prompt_length={model.max_prompt_length} must be "
             f"below model.max_length={model.max_length}, to leave room for an answer")
     microbatches = world_size * max(1, model.gradient_accumulation_steps)
@@ -141,23 +157,14 @@ def check(config: Config, world_size: int) -> list[str]:
     return errors
 
 
-# What may differ when a run is resumed, since the examples, their order and the loss of each step stay the same. (`datasets`
-# may have moved: the rows themselves are compared.)
-HARMLESS = {"exp_name", "datasets", "eval_datasets", "cache_dir", "n_epochs", "n_examples", "eval_every", "n_eval_examples",
-            "n_eval_answers", "do_first_eval", "intermediate_checkpoints", "save_every", "keep_last", "stop_if_save_fails",
-            "allow_changes", "max_skipped_steps", "timeout_minutes", "tensorboard", "wandb.enabled", "wandb.project",
-            "model.from_checkpoint", "model.gradient_accumulation_steps", "model.microbatch_tokens", "model.packing",
-            "model.activation_checkpointing", "model.cpu_offload", "model.replicas", "model.compile"}
-
-
 def changes(then: dict, now: Config) -> list[str]:
     """Returns a line for each key whose change alters a run that began with the configuration `then`, as asdict gives it."""
     lines = []
-    for key, (_, default, _) in keys(Config):
+    for key, (item, _) in knobs(Config):
         old, new = then, get_key(now, key)
         for name in key.split("."):
-            old = old.get(name, default) if isinstance(old, dict) else default
-        if old != new and key not in HARMLESS:
+            old = old.get(name, default_of(item)) if isinstance(old, dict) else default_of(item)
+        if old != new and not item.metadata["may_change"]:
             lines.append(f"{key}: {old!r} then, {new!r} now")
     return lines
 
@@ -188,16 +195,16 @@ def load_config(argv: list[str], world_size: int) -> Config:
         raise ConfigError("\n".join([f"--config {path}: the file must set `config = Config(...)`", *errors]))
 
     config = copy.deepcopy(config)  # a file may take over another one's, which Python keeps for the next load
-    known, wrong_types = dict(keys(Config)), list(misfits(config))
+    known, wrong_types = dict(knobs(Config)), list(wrong_values(config))
     errors += [f"{path}: {line}" for line in wrong_types]
     for key, text in overrides.items():
         if key not in known:
             errors.append(f"unknown key {key!r}{nearest(key, known)}")
             continue
         try:
-            value = parse(text, known[key][0])
+            value = parse(text, known[key][1])
         except ValueError:
-            errors.append(f"{key}={text!r} must be {type_name(known[key][0])}")
+            errors.append(f"{key}={text!r} must be {type_name(known[key][1])}")
             continue
         if not wrong_types:
             set_key(config, key, value)
@@ -208,25 +215,49 @@ def load_config(argv: list[str], world_size: int) -> Config:
     return config
 
 
+def read_command_line() -> Config:
+    """Returns what the script's arguments ask for, or ends the process: by --help, or with all that is wrong with them."""
+    if {"--help", "-h"} & set(sys.argv):
+        with contextlib.suppress(BrokenPipeError):
+            print(usage(), flush=True)
+        os._exit(0)  # Python itself would complain of the pipe that `head` has closed
+    try:
+        return load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+    except ConfigError as error:
+        fail(error)
+
+
+def fail(error: Exception, end: typing.Callable[[str], typing.NoReturn] = sys.exit) -> typing.NoReturn:
+    """Ends this process with one line. The first rank of a machine says it, and torchrun ends the others, who find it too."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(60)
+    end(f"{os.path.basename(sys.argv[0])}: {error}")
+
+
 def usage() -> str:
-    """Returns every key with its default, type and comment."""
-    lines = ["torchrun --nproc_per_node=N sft.py --config configs/FILE.py [key=value ...]", ""]
-    for key, (hint, default, comment) in keys(Config):
-        shown = "required" if comment.startswith("required") else json.dumps(default)
-        lines.append(f"  {key} = {shown}  ({type_name(hint)})\n      {comment.removeprefix('required: ')}")
+    """Returns every key with its default, type and meaning."""
+    script = os.path.basename(sys.argv[0])
+    lines = [f"torchrun --nproc_per_node=N {script} --config configs/FILE.py [key=value ...]", ""]
+    for key, (item, hint) in knobs(Config):
+        meaning, (bounds, _) = item.metadata["meaning"], item.metadata["bounds"]
+        shown = "required" if meaning.startswith("required") else json.dumps(default_of(item))
+        lines += [f"  {key} = {shown}  ({', '.join(filter(None, (type_name(hint), bounds)))})",
+                  f"      {meaning.removeprefix('required: ')}"]
     return "\n".join(lines)
 
 
-def keys(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, tuple]]:
-    """Yields (dotted key, (type, default, comment)) of every knob; the comment is the one in the source above."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-    hints, defaults = typing.get_type_hints(cls), cls()
+def knobs(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, tuple[dataclasses.Field, object]]]:
+    """Yields (dotted key, (field, type)) of every knob."""
+    hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        hint = hints[item.name]
-        if dataclasses.is_dataclass(hint):
-            yield from keys(hint, f"{prefix}{item.name}.")
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from knobs(hints[item.name], f"{prefix}{item.name}.")
         else:
-            yield prefix + item.name, (hint, getattr(defaults, item.name), comments.get(item.name, ""))
+            yield prefix + item.name, (item, hints[item.name])
+
+
+def default_of(item: dataclasses.Field):
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def get_key(config, key: str):
@@ -272,12 +303,12 @@ def parse(text: str, hint):
     return value
 
 
-def misfits(config, prefix: str = "") -> typing.Iterator[str]:
+def wrong_values(config, prefix: str = "") -> typing.Iterator[str]:
     """Yields a line for each value that is not of its key's type."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(hint) and isinstance(value, hint):
-            yield from misfits(value, f"{prefix}{name}.")
+            yield from wrong_values(value, f"{prefix}{name}.")
         elif not fits(value, hint):
             yield f"{prefix}{name}={value!r} must be {type_name(hint)}"
 

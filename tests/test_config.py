@@ -1,5 +1,7 @@
 """The configuration: what a config file and the command line make of it, and what is said where they are wrong."""
 
+import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from configs.base import Config, ConfigError, get_key, keys, load_config, usage
+from configs.base import (
+    ABOVE_0,
+    ANY,
+    FIXED,
+    FRACTION,
+    FREE,
+    NOT_NEGATIVE,
+    Config,
+    ConfigError,
+    changes,
+    check,
+    default_of,
+    get_key,
+    knob,
+    knobs,
+    load_config,
+    set_key,
+    usage,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.name != "base.py")
@@ -106,6 +126,99 @@ def test_nothing_is_shared_between_two_configs(config_file):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Knobs: what is said of each on its line in configs/base.py, and what follows from it
+
+KNOBS = [*knobs(Config)]
+each_knob = pytest.mark.parametrize("key, item", [(key, item) for key, (item, _) in KNOBS], ids=[key for key, _ in KNOBS])
+OUTSIDE = {"above 0": [0, -1], "0 or more": [-1, -0.01], "at least 0 and below 1": [-0.01, 1, 2], "": []}
+INSIDE = {"above 0": [1e-9, 1, 10 ** 6], "0 or more": [0, 1, 0.01, 10 ** 6], "at least 0 and below 1": [0, 0.5, 0.999], "": []}
+
+
+def complete(**values) -> Config:
+    """A configuration in which nothing is wrong."""
+    config = Config(exp_name="a", datasets=["a.jsonl"])
+    config.model.name_or_path = "b"
+    for key, value in values.items():
+        set_key(config, key, value)
+    assert check(config, 1) == []
+    return config
+
+
+@pytest.mark.parametrize("missing", ["default", "bounds", "may_change", "meaning"])
+def test_a_knob_can_t_be_made_without_saying_all_of_it(missing):
+    parts = {"default": 1, "bounds": ABOVE_0, "may_change": FIXED, "meaning": "so many"}
+    assert dict(knob(**parts).metadata) == {"bounds": ABOVE_0, "may_change": FIXED, "meaning": "so many"}
+    del parts[missing]
+    with pytest.raises(TypeError, match=missing):
+        knob(**parts)
+
+
+def test_every_field_of_the_configuration_is_a_knob_or_holds_knobs():
+    def fields(config, prefix=""):
+        for item in dataclasses.fields(config):
+            value = getattr(config, item.name)
+            yield from fields(value, f"{prefix}{item.name}.") if dataclasses.is_dataclass(value) else [prefix + item.name]
+
+    assert [key for key, _ in KNOBS] == [*fields(Config())] and len(KNOBS) > 50
+
+
+@each_knob
+def test_every_knob_says_its_bounds_whether_it_may_change_and_what_it_means(key, item):
+    assert item.metadata.keys() == {"bounds", "may_change", "meaning"}
+    (text, holds), meaning = item.metadata["bounds"], item.metadata["meaning"]
+    assert (text, holds) in (ANY, ABOVE_0, NOT_NEGATIVE, FRACTION) and item.metadata["may_change"] in (FIXED, FREE)
+    assert len(meaning) > 5 and "\n" not in meaning and not meaning.endswith(".")
+    default = default_of(item)
+    assert default is None or holds(default) and get_key(Config(), key) == default
+
+
+@each_knob
+def test_a_value_out_of_a_knob_s_bounds_is_refused_and_one_within_is_not(key, item):
+    text, config = item.metadata["bounds"][0], complete()
+    number = float if isinstance(default_of(item), float) else int
+    for value in {number(value) for value in (*OUTSIDE[text], *INSIDE[text]) if number(value) == value}:
+        set_key(config, key, value)
+        assert (f"{key}={value} must be {text}" in check(config, 1)) == (value in OUTSIDE[text])
+
+
+def test_a_number_has_bounds_where_not_every_one_makes_sense():
+    unbounded = [key for key, (item, hint) in KNOBS if hint in (int, float, int | None) and item.metadata["bounds"] == ANY]
+    assert unbounded == ["seed", "model.peft.lora_alpha"]
+
+
+@each_knob
+def test_a_resumed_run_may_change_a_knob_if_it_says_so(key, item):
+    then, now = dataclasses.asdict(complete()), complete()
+    before = get_key(now, key)
+    after = {bool: lambda: not before, str: lambda: f"{before}x", list: lambda: [*before, "x"], int: lambda: before + 1,
+             float: lambda: before + 0.5, type(None): lambda: 7}[type(before)]()
+    set_key(now, key, after)
+    assert changes(then, now) == ([] if item.metadata["may_change"] else [f"{key}: {before!r} then, {after!r} now"])
+    assert changes(dataclasses.asdict(now), now) == []
+
+
+def test_what_a_step_computes_is_fixed_and_how_far_and_how_fast_a_run_goes_is_not():
+    may_change = {key: item.metadata["may_change"] for key, (item, _) in KNOBS}
+    fixed = ["lr", "warmup", "seed", "weight_decay", "beta1", "beta2", "eps", "eval_fraction", "conditional", "model.batch_size",
+             "model.max_length", "model.max_prompt_length", "model.max_grad_norm", "model.name_or_path", "model.load_from",
+             "model.use_peft", *(key for key in may_change if key.startswith("model.peft."))]
+    free = ["n_epochs", "n_examples", "eval_every", "save_every", "cache_dir", "exp_name", "datasets", "model.replicas",
+            "model.microbatch_tokens", "model.gradient_accumulation_steps", "model.packing", "model.compile"]
+    assert not any(may_change[key] for key in fixed) and all(may_change[key] for key in free)
+
+
+def test_a_key_that_an_older_checkpoint_has_not_counts_as_its_default():
+    then = dataclasses.asdict(complete())
+    del then["beta1"], then["model"]["peft"]["lora_r"], then["model"]["random_init"], then["wandb"]
+    assert changes(then, complete()) == []
+    now = complete(**{"beta1": 0.5, "model.use_peft": True, "model.peft.lora_r": 8})
+    assert changes(then, now) == ["beta1: 0.9 then, 0.5 now", "model.use_peft: False then, True now",
+                                  "model.peft.lora_r: 64 then, 8 now"]
+    del then["model"]["peft"]
+    assert changes(then, now)[2:] == ["model.peft.lora_r: 64 then, 8 now"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is wrong: each error is one line, that names the key
 
 
@@ -149,7 +262,7 @@ def test_a_value_of_the_wrong_type(override, expected):
     (["model.batch_size=0"], "model.batch_size=0 must be above 0"),
     (["model.max_grad_norm=0"], "model.max_grad_norm=0.0 must be above 0"),
     (["model.gradient_accumulation_steps=0"], "model.gradient_accumulation_steps=0 must be above 0"),
-    (["weight_decay=-0.1"], "weight_decay=-0.1 must not be negative"),
+    (["weight_decay=-0.1"], "weight_decay=-0.1 must be 0 or more"),
     (["warmup=1"], "warmup=1.0 must be at least 0 and below 1"), (["beta2=-1"], "beta2=-1.0 must be at least 0 and below 1"),
     (["model.max_prompt_length=64"], "model.max_prompt_length=64 must be below model.max_length=64"),
     (["eval_fraction=0.1"], "eval_datasets and eval_fraction exclude each other"),
@@ -225,19 +338,38 @@ def script(*argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_shows_every_key_with_default_type_and_comment(flag):
+def test_help_shows_every_knob_with_default_type_bounds_and_meaning(flag):
     done, imported = script(flag)
     assert done.returncode == 0 and not done.stderr
     assert "configs.base" in imported and not imported & {"torch", "transformers", "numpy"}
-    shown = dict(re.findall(r"^  ([\w.]+) = (.*)\n      (?=\S)", done.stdout, re.MULTILINE))
-    assert list(shown) == [key for key, _ in keys(Config)] and done.stdout.strip() == usage()
-    assert shown["model.max_length"] == "2048  (an integer)" and shown["n_examples"] == "null  (an integer or null)"
-    assert shown["exp_name"] == "required  (a text)" and shown["do_first_eval"] == "true  (true or false)"
-    for name in ("Config", "ModelConfig", "PeftConfig", "WandbConfig"):  # every field's line in the source ends in its comment
-        body = (ROOT / "configs/base.py").read_text().partition(f"class {name}:\n")[2].partition("\n\n")[0].splitlines()
-        for line in body:
-            comment = line.partition("  # ")[2]
-            assert "field(default_factory=" in line or (comment and comment.removeprefix("required: ") in done.stdout), line
+    shown = {key: rest for key, *rest in re.findall(r"^  ([\w.]+) = (.*)  \((.*)\)\n      (\S.*)$", done.stdout, re.MULTILINE)}
+    assert len(done.stdout.splitlines()) == 2 + 2 * len(shown) and done.stdout.splitlines()[2:] == usage().splitlines()[2:]
+    assert list(shown) == [key for key, _ in KNOBS]
+    for key, (item, _) in KNOBS:
+        text, _ = item.metadata["bounds"]
+        default, kind, meaning = shown[key]
+        assert meaning == item.metadata["meaning"].removeprefix("required: ") and kind.endswith(f", {text}" if text else kind)
+        assert (default == "required") == item.metadata["meaning"].startswith("required: ")
+    assert shown["model.max_length"][:2] == ["2048", "an integer, above 0"]
+    assert shown["n_examples"][:2] == ["null", "an integer or null, above 0"]
+    assert shown["warmup"][:2] == ["0.1", "a number, at least 0 and below 1"]
+    assert shown["exp_name"][:2] == ["required", "a text"] and shown["do_first_eval"][:2] == ["true", "true or false"]
+    assert shown["eval_datasets"][:2] == ["[]", "a list, [a,b]"]
+
+
+@pytest.mark.parametrize("name", ["sft.py", "generate.py", "plot.py"])
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_help_into_a_pipe_that_is_closed_ends_without_a_word(name, buffered):
+    """As `--help | head -1` may leave it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, name, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONUNBUFFERED": buffered})
+    os.close(writer)
+    assert done.stderr == ""
+    shown = subprocess.run(f"{sys.executable} {name} --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONUNBUFFERED": buffered})
+    assert shown.stderr == "" and shown.stdout.count("\n") == 1 and name in shown.stdout
 
 
 def test_errors_are_told_without_a_traceback():

@@ -1,670 +1,48 @@
-"""Rows → messages → token ids with a target mask → the token cache.
+"""The token cache, the order of the rows, and batches. What is cached here are lines of numbers, by an encoder of them."""
 
-Masks are compared with what a reader of the template expects, spelt out beside it; token ids with apply_chat_template.
-"""
-
-import copy
+import importlib.util
 import itertools
-import json
+import math
+import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
-from functools import cache
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT, store_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from data import CHUNK, DTYPES, ChatEncoder, DataError, encode_files, encode_rows, list_files, read_rows, to_messages, tokenise
-from make_tiny import make_rows, train_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat templates as models have them, and small tokenizers to go with them
-
-
-@dataclass(frozen=True)
-class Template:
-    name: str
-    jinja: str
-    prompt_end: str  # the generation prompt
-    terminator: str
-    special: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()  # added tokens that are not special
-    bos: str = "<s>"
-    eos: str = "</s>"
-    splits: str = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # into words: as GPT-2
-    lead: str = ""  # what the template writes in front of each answer
-    last_lead: str = ""  # and of the last answer only
-    folds_system: bool = False  # it knows no system message: the encoder puts that in front of the first question
-    strips: bool = False
-
-
-IM = ("<|im_start|>", "<|im_end|>")
-CHATML = Template("chatml", """\
-{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-                  "<|im_start|>assistant\n", "<|im_end|>", special=IM, eos="<|im_end|>")
-LLAMA3 = Template("llama-3", """\
-{% set loop_messages = messages %}{% for message in loop_messages %}\
-{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}\
-{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
-                  "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", bos="<|begin_of_text|>",
-                  eos="<|end_of_text|>", special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), strips=True,
-                  splits=r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # "\n\n" is a word
-LLAMA2 = Template("llama-2", """\
-{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
-{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}\
-{% set system_message = false %}{% endif %}{% for message in loop_messages %}\
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}\
-{% if loop.index0 == 0 and system_message != false %}\
-{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}\
-{% else %}{% set content = message['content'] %}{% endif %}\
-{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}\
-{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}""",
-                  " [/INST]", " </s>", lead=" ", strips=True)
-MISTRAL = Template("mistral", """\
-{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
-{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
-{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}\
-{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}\
-{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}""",
-                   " [/INST]", "</s>", folds_system=True)
-GEMMA = Template("gemma", """\
-{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
-{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
-{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
-{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}\
-{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}\
-{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}""",
-                 "<start_of_turn>model\n", "<end_of_turn>", bos="<bos>", eos="<eos>",
-                 special=("<start_of_turn>", "<end_of_turn>"), folds_system=True, strips=True)
-ZEPHYR = Template("zephyr", """\
-{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\n'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}""", "<|assistant|>\n", "</s>")
-IGNORES_SYSTEM = Template("ignores system", """\
-{% for message in messages %}{% if message.role == 'user' %}{{ 'Instruct: ' + message.content + '\nOutput:' }}\
-{% elif message.role == 'assistant' %}{{ ' ' + message.content + '\n### END\n' }}{% endif %}{% endfor %}""",
-                          "\nOutput:", "\n### END", lead=" ", folds_system=True)  # a terminator of several tokens, too
-NO_TERMINATOR = Template("no terminator", """\
-{% for message in messages %}{{ message.role | capitalize + ': ' + message.content + '\n\n' }}{% endfor %}\
-{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""", "Assistant:", "", lead=" ")
-QWEN3 = Template("qwen3", """\
-{%- set ns = namespace(last_query=0) %}
-{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last_query = loop.index0 %}{%- endif %}{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role != 'assistant' %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- else %}
-        {%- set content = message.content %}
-        {%- set reasoning = '' %}
-        {%- if '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {%- if loop.index0 > ns.last_query %}
-            {{- '<|im_start|>assistant\n<think>\n' + reasoning + '\n</think>\n\n' + content + '<|im_end|>\n' }}
-        {%- else %}
-            {{- '<|im_start|>assistant\n' + content + '<|im_end|>\n' }}
-        {%- endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
-                 "<|im_start|>assistant\n", "<|im_end|>", special=IM, words=("<think>", "</think>"), eos="<|im_end|>",
-                 last_lead="<think>\n\n</think>\n\n")
-TEMPLATES = [CHATML, LLAMA3, LLAMA2, MISTRAL, GEMMA, ZEPHYR, IGNORES_SYSTEM, NO_TERMINATOR, QWEN3]
-templates = pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
-
-SENTENCES = ["yes, the answer is naïve: yes\n\nAnother question, again?\n\n", "### END\n### END\nOutput: yes :) :)\n",
-             "Instruct: what is the answer? Assistant: the answer is 42.\n\nUser: and again :)\n"] * 4
-
-
-@cache
-def make_tokenizer(template: Template, adds_bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about 350 tokens, whose pad token is its eos; it adds a BOS to any text if left to itself."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(template.splits), "isolated"),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    special = list(dict.fromkeys([template.bos, template.eos, *template.special]))
-    backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(
-        vocab_size=350, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    backend.add_tokens([AddedToken(word, normalized=False) for word in template.words])
-    if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{template.bos} $A", special_tokens=[(template.bos, backend.token_to_id(template.bos))])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=template.bos, eos_token=template.eos,
-                                   pad_token=template.eos, chat_template=template.jinja)
-
-
-def make_encoder(template: Template = CHATML, max_length: int = 1024, max_prompt_length: int = 512) -> ChatEncoder:
-    return ChatEncoder(make_tokenizer(template), max_length, max_prompt_length)
-
-
-def chat(*texts: str, system: str | None = None) -> list[dict]:
-    """Question, answer, question, answer, … → messages."""
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return head + [{"role": role, "content": text} for role, text in zip(itertools.cycle(["user", "assistant"]), texts)]
-
-
-def reference(template: Template, messages: list[dict], for_answer: bool = False) -> list[int]:
-    """transformers' ids of the messages, the system message put into the first question where the template knows none."""
-    if template.folds_system and messages[0]["role"] == "system":
-        system, first, *rest = messages
-        messages = [{"role": "user", "content": system["content"] + "\n\n" + first["content"]}, *rest]
-    return make_tokenizer(template).apply_chat_template(messages, add_generation_prompt=for_answer, tokenize=True)["input_ids"]
-
-
-def encode(encoder: ChatEncoder, messages: list[dict]) -> tuple[list[int], list[bool], int]:
-    return encoder(to_messages({"messages": messages}))
-
-
-def runs(trained: list[bool]) -> list[tuple[int, int]]:
-    """(start, stop) of each unbroken run of targets."""
-    edges = np.flatnonzero(np.diff([0, *map(int, trained), 0]))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
-
-
-def text_of(tokenizer, ids: list[int]) -> str:
-    """The text that byte-level ids stand for; half a character at an end is shown as its bytes."""
-    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-    added = {id: token.content.encode() for id, token in tokenizer.added_tokens_decoder.items()}
-    pieces = [added.get(id) or bytes(map(to_byte.get, tokenizer.convert_ids_to_tokens(id))) for id in ids]
-    return b"".join(pieces).decode(errors="backslashreplace")
-
-
-def trained_texts(tokenizer, ids: list[int], trained: list[bool]) -> list[str]:
-    return [text_of(tokenizer, ids[start:stop]) for start, stop in runs(trained)]
-
-
-def write(path: Path, rows: list) -> Path:
-    """One row a line, or for a .json file a pretty-printed list."""
-    text = json.dumps(rows, indent=1) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text)
-    return path
-
-
-def row(*texts: str) -> dict:
-    return {"messages": chat(*texts)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Four shapes of row
-
-SHAPES = {
-    "messages": {"messages": chat("q1", "a1", "q2", "a2", system="s")},
-    "prompt and completion": {"prompt": chat("q1", "a1", "q2", system="s"), "completion": chat("", "a2")[1:]},
-    "prompt and text": {"prompt": chat("q1", "a1", "q2", system="s"), "completion": "a2"},
-    "ShareGPT": {"id": 7, "conversations": [
-        {"from": "system", "value": "s"}, {"from": "human", "value": "q1"}, {"from": "gpt", "value": "a1"},
-        {"from": "human", "value": "q2"}, {"from": "gpt", "value": "a2"}]},
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_all_shapes_give_the_same_messages(shape):
-    before = copy.deepcopy(SHAPES[shape])
-    messages = to_messages(SHAPES[shape])
-    assert [(m["role"], m["content"]) for m in messages] == [
-        ("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
-    trained = [m["content"] for m in messages if m["role"] == "assistant" and m["train"]]
-    assert trained == (["a2"] if "prompt" in SHAPES[shape] else ["a1", "a2"])  # of a prompt, nothing is trained
-
-    for message in messages:
-        message.clear()
-    assert SHAPES[shape] == before
-
-
-@pytest.mark.parametrize("single, question", [
-    ({"prompt": "q", "completion": "a"}, "q"), ({"instruction": "q", "output": "a"}, "q"),
-    ({"instruction": "q", "input": "i", "output": "a"}, "q\n\ni"), ({"instruction": "q", "input": "", "output": "a"}, "q"),
-    ({"instruction": "q", "input": None, "output": "a", "system": "not a key we know"}, "q"),
-    ({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, "q"),
-])
-def test_shapes_of_one_question(single, question):
-    user, assistant = to_messages(single)
-    assert (user["role"], user["content"]) == ("user", question)
-    assert assistant == {"role": "assistant", "content": "a", "train": True}
-
-
-@pytest.mark.parametrize("shape, role, content", [("messages", "role", "content"), ("conversations", "from", "value")])
-@pytest.mark.parametrize("left_out, expected", [
-    ({1}, ["four<|im_end|>"]), ({3}, ["two<|im_end|>"]), ({1, 3}, []), ({0, 2}, ["two<|im_end|>", "four<|im_end|>"])])
-@pytest.mark.parametrize("otherwise", [{}, {"train": True}])
-def test_train_false_leaves_a_turn_out(shape, role, content, left_out, expected, otherwise):
-    encoder = make_encoder()
-    marked = [{role: turn["role"], content: turn["content"], **({"train": False} if i in left_out else otherwise)}
-              for i, turn in enumerate(chat("one", "two", "three", "four"))]
-    ids, trained, _ = encoder(to_messages({shape: marked}))
-    assert trained_texts(encoder.tokenizer, ids, trained) == expected
-    assert ids == reference(CHATML, chat("one", "two", "three", "four"))  # it is still read
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def test_files_and_folders(tmp_path):
-    folder = tmp_path / "folder"
-    (folder / "below").mkdir(parents=True)
-    (folder / "old.json").mkdir()  # a folder, whatever its name
-    b, a, c = (write(folder / name, [row(name, "a")]) for name in ("b.jsonl", "below/a.json", "old.json/c.jsonl"))
-    (folder / "README.md").write_text("not data")
-    assert list_files([str(b), str(folder)]) == [b, b, a, c]
-
-
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_bom_crlf_and_blank_lines(tmp_path, name, bom, newline):
-    rows = [row("é\u2028🙂", "a\nb"), row("q", "a")]  # U+2028 ends no line of a file
-    lines = [json.dumps(each, ensure_ascii=False).encode() for each in rows]
-    if name == "x.json":
-        content, numbers = newline.join([b"", b"[", lines[0] + b",", b"", lines[1], b"]", b""]), [3, 5]
-    else:
-        content, numbers = newline.join([b"", lines[0], b"  ", b"", lines[1]]), [2, 5]
-    (tmp_path / name).write_bytes(bom + content)
-    assert list(read_rows(tmp_path / name)) == list(zip(numbers, rows))
-
-
-def test_a_pretty_printed_row_is_named_by_its_first_line(tmp_path):
-    file = write(tmp_path / "x.json", [row("q", "a"), row("q2", "a2")])
-    starts = [number for number, line in enumerate(file.read_text().splitlines(), 1) if line == " {"]
-    assert [line for line, _ in read_rows(file)] == starts
-
-
-GOOD = json.dumps(row("q", "a")).encode()
-PRETTY = json.dumps([row("q", "a"), row("q2", "a2")], indent=1).encode()
-ONLY_IN_LINES = [b'{"messages": [', b"[1, 2", GOOD + b" {}"]  # in a list they would end elsewhere, or be another mistake
-DEEP = b'{"messages": ' + b"[" * 100_000
-
-
-def messages_with(**changes) -> bytes:
-    turns = chat("q", "a")
-    turns[1] |= changes
-    return json.dumps({"messages": turns}).encode()
-
-
-def roles(*names: str) -> bytes:
-    return json.dumps({"messages": [{"role": name, "content": "text"} for name in names]}).encode()
-
-
-@pytest.mark.parametrize("content, said", [
-    (ONLY_IN_LINES[0], "not valid JSON at column 15"), (ONLY_IN_LINES[1], "not valid JSON at column 6"),
-    (ONLY_IN_LINES[2], f"not valid JSON at column {len(GOOD) + 2}"),
-    (GOOD.replace(b'"q"', b'"caf\xe9"'), "not UTF-8 (byte 0xe9)"),
-    (GOOD.replace(b'"q"', b'"\0"'), "not valid JSON"),
-    (b"\0\0\0", "not valid JSON"),
-    (DEEP, "recursion depth"),
-    (GOOD.replace(b'"q"', b"1" * 5000), "digits"),
-    (b"[]", "must be a JSON object, not []"), (b"null", "must be a JSON object, not null"), (b'"text"', "must be a JSON object"),
-    (b"{}", "the keys [] fit no shape"), (b'{"text": "x"}', "the keys ['text'] fit no shape"),
-    (b'{"prompt": "x"}', "the keys ['prompt'] fit no shape"), (b'{"instruction": "x"}', "the keys ['instruction'] fit no shape"),
-    (b'{"messages": [], "prompt": "q", "completion": "a"}',
-     "the keys ['completion', 'messages', 'prompt'] fit more than one shape"),
-    (b'{"messages": []}', "messages must be a list of messages and not be empty"),
-    (b'{"messages": "text"}', "messages must be a list"), (b'{"messages": null}', "messages must be a list"),
-    (b'{"messages": ["text"]}', 'messages[0] must be {"role": ..., "content": ...}'),
-    (b'{"messages": [{"from": "human", "value": "q"}]}', 'messages[0] must be {"role": ..., "content": ...}'),
-    (b'{"conversations": [{"role": "user", "content": "q"}]}', 'conversations[0] must be {"from": ..., "value": ...}'),
-    (messages_with(content=None), "messages[1].content must be a text, not null"),
-    (messages_with(content=42), "messages[1].content must be a text, not 42"),
-    (messages_with(content=[{"type": "text", "text": "a"}]), "messages[1].content must be a text, not [{"),
-    (messages_with(content="\ud83d"), "messages[1].content holds half of a surrogate pair (\\ud83d)"),
-    (messages_with(role="tool"), "messages[1].role is 'tool'; known are system, user, assistant"),
-    (messages_with(role=None), "messages[1].role is None"),
-    (messages_with(role="a\nb\ud800"), "messages[1].role is 'a\\nb\\ud800'"),
-    (messages_with(train="false"), "messages[1].train must be true or false, not 'false'"),
-    (messages_with(train=0), "messages[1].train must be true or false, not 0"),
-    (messages_with(train=None), "messages[1].train must be true or false, not None"),
-    (b'{"conversations": [{"from": "bing", "value": "q"}]}', "conversations[0].from is 'bing'; known are system, human"),
-    (b'{"conversations": [{"from": "human", "value": 1}]}', "conversations[0].value must be a text, not 1"),
-    (b'{"prompt": null, "completion": "a"}', "prompt must be a list of messages or a text"),
-    (b'{"prompt": "q", "completion": 5}', "completion must be a list of messages or a text"),
-    (b'{"prompt": "q", "completion": [{"role": "assistant", "content": null}]}',
-     "completion[0].content must be a text, not null"),
-    (b'{"prompt": [{"role": "user", "content": "q", "train": 1}], "completion": "a"}', "prompt[0].train must be true or false"),
-    (b'{"instruction": null, "output": "a"}', "instruction must be a text, not null"),
-    (b'{"instruction": "q", "output": 1.5}', "output must be a text, not 1.5"),
-    (b'{"instruction": "q", "input": 0, "output": "a"}', "input must be a text, not 0"),
-    (b'{"instruction": "q", "input": ["i"], "output": "a"}', 'input must be a text, not ["i"]'),
-    (roles("assistant"), "turn 1 is 'assistant' where 'user' must come"),
-    (roles("system", "assistant"), "turn 1 is 'assistant' where 'user' must come"),
-    (roles("user", "user"), "turn 2 is 'user' where 'assistant' must come"),
-    (roles("user", "assistant", "assistant"), "turn 3 is 'assistant' where 'user' must come"),
-    (roles("user", "assistant", "system"), "turn 3 is 'system' where 'user' must come"),
-])
-def test_a_bad_line_is_named(tmp_path, content, said):
-    file, listed = tmp_path / "bad.jsonl", tmp_path / "bad.json"
-    file.write_bytes(GOOD + b"\n\n" + content + b"\n" + GOOD)
-    check_error([file], f"{file}:3: ", said, tmp_path)
-    if content not in ONLY_IN_LINES:
-        listed.write_bytes(b"[" + GOOD + b",\n\n" + content + b",\n" + GOOD + b"]")
-        check_error([listed], f"{listed}:3: ", said, tmp_path)
-
-
-def check_error(paths: list[Path], start: str, said: str, cache: Path) -> None:
-    with pytest.raises(DataError) as raised:
-        tokenise([str(path) for path in paths], make_encoder(), str(cache / "cache"))
-    message = str(raised.value)
-    assert message.startswith(start) and said in message and "\n" not in message
-
-
-def line_of(part: bytes) -> int:
-    return PRETTY[:PRETTY.rindex(part)].count(b"\n") + 1
-
-
-@pytest.mark.parametrize("content, line, said", [
-    (PRETTY[:-40], PRETTY[:-40].count(b"\n") + 1, "not valid JSON"),
-    (PRETTY.replace(b'"q2"', b'"caf\xe9"'), line_of(b'"q2"'), "not UTF-8 (byte 0xe9)"),
-    (PRETTY.replace(b'"q2"', b'"\0"'), line_of(b'"q2"'), "not valid JSON"),
-    (PRETTY.replace(b'"q2"', b"7"), line_of(b'{\n  "messages"'), "messages[0].content must be a text, not 7"),
-    (PRETTY.replace(b'"q2"', DEEP), line_of(b'{\n  "messages"'), "recursion depth"),
-    (b"[\n\n" + GOOD + b"\n" + GOOD + b"]", 4, "expected ',' or ']'"),
-    (b"[\n" + GOOD + b"\n]\ntrailing", 3, "text after the list"),
-    (GOOD + b"\n" + GOOD, None, "must hold one list of rows"),
-    (GOOD, None, "must hold one list of rows"),
-    (b"", None, "must hold one list of rows"), (b" \n", None, "must hold one list of rows"),
-    (b"[]", None, "no rows in this file"),
-])
-def test_a_bad_json_file_is_named_with_the_right_line(tmp_path, content, line, said):
-    file = tmp_path / "bad.json"
-    file.write_bytes(content)
-    check_error([file], f"{file}:{line}: " if line else f"{file}: ", said, tmp_path)
-
-
-def test_files_that_hold_or_are_nothing(tmp_path):
-    good, empty = write(tmp_path / "good.jsonl", [row("q", "a")]), write(tmp_path / "empty.jsonl", [])
-    check_error([good, empty], f"{empty}: ", "no rows in this file", tmp_path)
-    missing, text, folder = tmp_path / "missing.jsonl", tmp_path / "rows.txt", tmp_path / "folder"
-    check_error([good, missing], f"{missing}: ", "no such file", tmp_path)
-    text.write_bytes(GOOD)
-    check_error([good, text], f"{text}: ", "not a .json or .jsonl file", tmp_path)
-    folder.mkdir()
-    check_error([good, folder], f"{folder}: ", "no .json or .jsonl file", tmp_path)
-    link = folder / "link.jsonl"
-    link.symlink_to(missing)
-    check_error([good, folder], f"{link}: ", "can't be read: No such file or directory", tmp_path)
-
-
-def test_nesting_of_any_depth_is_an_error_and_no_crash(tmp_path):
-    """The writer of an error message has a little less of the stack left than the reader had."""
-    file = tmp_path / "deep.jsonl"
-    for depth in range(500, 1000):
-        file.write_text('{"messages": [{"role": "user", "content": ' + "[" * depth + "]" * depth + "}]}")
-        with pytest.raises(DataError, match="deep.jsonl:1: "):
-            encode_rows(make_encoder(), 0, file, list(read_rows(file)))
-
-
-@pytest.mark.parametrize("raises", ["raise_exception('first line\nsecond line')", "1 / 0", "messages[9].content"])
-def test_a_template_that_raises_is_reported_with_the_row(tmp_path, raises):
-    template = replace(CHATML, jinja="{% if 'bad' in messages[0].content %}{{ " + raises + " }}{% endif %}" + CHATML.jinja)
-    file = write(tmp_path / "x.jsonl", [row("good", "a"), row("bad", "a")])
-    with pytest.raises(DataError) as raised:
-        tokenise([str(file)], make_encoder(template), str(tmp_path))
-    assert str(raised.value).startswith(f"{file}:2: the chat template raises ") and "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("jinja", [None, "{{ raise_exception('never') }}", "{{ 'no answer at all' }}", "{% if %}"])
-def test_a_template_that_never_works_is_reported_once(jinja):
-    tokenizer = copy.deepcopy(make_tokenizer(CHATML))
-    tokenizer.chat_template = jinja
-    with pytest.raises(DataError, match="chat[ _]template"):
-        ChatEncoder(tokenizer, 64, 32)
-
-
-def test_rows_without_an_answer_are_dropped_and_counted(tmp_path):
-    rows = [row("q", "a"), row("q", ""), row("q", " \n\t"), row("q"), {"prompt": "q", "completion": ""},
-            {"messages": chat(system="s")}, {"messages": chat("q", "a", "q2", "")}, {"messages": chat("q", "", "q2", "a2")}]
-    for template in (CHATML, GEMMA):  # Gemma refuses the system message that the row has nothing but
-        encoder = make_encoder(template)
-        kept = tokenise([str(write(tmp_path / "x.jsonl", rows))], encoder, str(tmp_path))
-        assert kept.counts["rows"] == 8 and kept.counts["rows without a target, dropped"] == 5
-        assert kept.lines.tolist() == [1, 7, 8]
-        targets = [trained_texts(encoder.tokenizer, *(column.tolist() for column in kept[i])) for i in range(3)]
-        assert targets == [[answer + template.terminator] for answer in ("a", "a", "a2")]
-
-
-def test_no_row_with_a_target_is_an_error_that_gives_the_counts(tmp_path):
-    file = write(tmp_path / "x.jsonl", [row("q"), row("q", "")])
-    check_error([file], f"{file}: ", "no row has a target: {'rows': 2", tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The target mask
-
-TALK = chat("yes", "yes",  # the question, and the system message, spell the answer too
-            "Naïve café 🦜?\n\nyes", "👩‍👩‍👧 — ça va; 日本語\n\nyes 🙂",
-            "again?", "yes", system="Answer: yes")
-
-
-@templates
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("start", [0, 1], ids=["system", "no system"])
-def test_targets_are_the_answers_with_their_terminators(template, adds_bos, start):
-    tokenizer, messages = make_tokenizer(template, adds_bos), TALK[start:]
-    ids, trained, n_tokens = encode(ChatEncoder(tokenizer, 1024, 512), messages)
-
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    expected = [template.lead + answer + template.terminator for answer in answers]
-    expected[-1] = template.last_lead + expected[-1]
-    whole = reference(template, messages)
-    if template is NO_TERMINATOR:  # the row ends where generation has to
-        expected[-1] += template.eos
-        text = text_of(tokenizer, whole).removesuffix("\n\n")
-        whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    assert trained_texts(tokenizer, ids, trained) == expected
-    assert all(text_of(tokenizer, ids[:start]).endswith(template.prompt_end) for start, _ in runs(trained))
-    assert ids == whole and n_tokens == len(ids) == len(trained)
-    assert (tokenizer.bos_token_id, tokenizer.bos_token_id) not in itertools.pairwise(ids)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-
-
-@templates
-def test_the_prompt_at_inference_is_a_prefix_of_the_row(template):
-    ids, trained, _ = encode(make_encoder(template), TALK)
-    prompts = [reference(template, TALK[:i], for_answer=True) for i, message in enumerate(TALK) if message["role"] == "assistant"]
-    assert [ids[:len(prompt)] for prompt in prompts] == prompts
-    assert [len(prompt) for prompt in prompts] == [start for start, _ in runs(trained)]
-
-
-@templates
-@pytest.mark.parametrize("answer", ["yes ", "yes\n", "yes\n\n \n"])
-def test_white_space_after_an_answer_is_the_template_s_business(template, answer):
-    encoder = make_encoder(template)
-    ids, trained, _ = encode(encoder, chat("q", answer))
-    expected = (answer.strip() if template.strips else answer) + template.terminator
-    end = template.eos if template is NO_TERMINATOR else ""
-    assert trained_texts(encoder.tokenizer, ids, trained) == [template.last_lead + template.lead + expected + end]
-
-
-def test_the_token_that_stops_generation_ends_each_target():
-    for template in TEMPLATES:
-        encoder = make_encoder(template)
-        ids, trained, _ = encode(encoder, chat("q", "yes"))
-        assert ids[runs(trained)[-1][1] - 1] == encoder.stop_id
-
-
-def test_an_answer_that_the_template_alters_is_an_error_even_if_it_stands_elsewhere(tmp_path):
-    """Qwen3's template takes the thoughts out of all answers but the last: the first is not to be found in the last."""
-    thought = "<think>\nhm\n</think>\n\nyes"
-    encoder = make_encoder(QWEN3)
-    ids, trained, _ = encode(encoder, chat("q", thought))
-    assert trained_texts(encoder.tokenizer, ids, trained) == [thought + "<|im_end|>"]
-    file = write(tmp_path / "x.jsonl", [row("q", thought, "q2", thought)])
-    with pytest.raises(DataError, match=r"x.jsonl:1: the chat template does not write the answer of turn 2 as it is"):
-        tokenise([str(file)], encoder, str(tmp_path))
-
-
-@pytest.mark.parametrize("rows, line", [([row("q", "yes"), row("q", ") no")], 2), ([row("q", ")", "q", "yes")], 1)])
-def test_a_token_across_the_border_of_an_answer_is_an_error(tmp_path, rows, line):
-    template = Template("straddles", """{% for message in messages %}{% if message.role == 'user' %}\
-{{ 'Q: ' + message.content + '\nA :' }}{% else %}{{ message.content + eos_token + '\n' }}{% endif %}{% endfor %}""", " :", "</s>")
-    tokenizer = make_tokenizer(template)
-    apart = tokenizer(" :", add_special_tokens=False)["input_ids"] + tokenizer(")", add_special_tokens=False)["input_ids"]
-    assert tokenizer(" :)", add_special_tokens=False)["input_ids"] != apart  # else this would test nothing
-    with pytest.raises(DataError, match=rf"x.jsonl:{line}: a token reaches across the border of an answer at .*A :\)"):
-        tokenise([str(write(tmp_path / "x.jsonl", rows))], make_encoder(template), str(tmp_path))
-
-
-@pytest.mark.parametrize("text", ["<|im_end|>", "a <|im_start|>system\nobey", "</s>"])
-@pytest.mark.parametrize("place", [0, 1, 2], ids=["system", "question", "answer"])
-def test_a_text_that_spells_a_control_token_drops_its_row(tmp_path, text, place):
-    messages = chat("q", "a", system="s")
-    messages[place]["content"] += text
-    template = replace(CHATML, eos="</s>")
-    file = write(tmp_path / "x.jsonl", [{"messages": messages}, row("q", "a")])
-    rows = tokenise([str(file)], make_encoder(template), str(tmp_path))
-    assert rows.lines.tolist() == [2]
-    assert rows.counts["rows with a control token in a text, dropped"] == 1
-    assert rows.counts["tokens dropped"] == len(make_tokenizer(template).apply_chat_template(messages)["input_ids"])
-
-
-def test_a_control_token_that_swallows_a_border_drops_its_row_too(tmp_path):
-    tokenizer = copy.deepcopy(make_tokenizer(CHATML))
-    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
-    file = write(tmp_path / "x.jsonl", [row("q", "<mask> a"), row("q", "a")])
-    rows = tokenise([str(file)], ChatEncoder(tokenizer, 64, 32), str(tmp_path))
-    assert len(rows) == 1 and rows.counts["rows with a control token in a text, dropped"] == 1
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    train_tokenizer(make_rows(100, 0)[0], folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(IM)})
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, MISTRAL], ids=lambda template: template.name)
-def test_targets_of_a_sentencepiece_tokenizer(sentencepiece_tokenizer, template):
-    tokenizer = copy.deepcopy(sentencepiece_tokenizer)
-    tokenizer.chat_template = template.jinja
-    messages = chat("sort 312", "123", "reverse ABC", "CBA")
-    ids, trained, _ = encode(ChatEncoder(tokenizer, 256, 128), messages)
-    assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
-    spelt = ["".join(tokenizer.convert_ids_to_tokens(ids[start:stop])).replace("▁", " ").strip() for start, stop in runs(trained)]
-    assert spelt == ["123" + template.terminator, "CBA" + template.terminator]
-    prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)["input_ids"]
-    assert ids[:len(prompt)] == prompt and runs(trained)[1][0] == len(prompt)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Truncation
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, GEMMA, IGNORES_SYSTEM], ids=lambda template: template.name)
-@pytest.mark.parametrize("system", ["Be brief.", None])
-def test_the_oldest_exchanges_go_first_and_the_system_message_stays(template, system):
-    turns = ["first question", "first answer", "second question", "second answer", "third question", "third answer"]
-    whole = len(reference(template, chat(*turns, system=system)))
-    without_first = reference(template, chat(*turns[2:], system=system))
-    last_only = reference(template, chat(*turns[4:], system=system))
-    for max_length, expected in [(whole, reference(template, chat(*turns, system=system))), (whole - 1, without_first),
-                                 (len(without_first), without_first), (len(without_first) - 1, last_only),
-                                 (len(last_only), last_only)]:
-        ids, trained, n_tokens = encode(make_encoder(template, max_length, max_length - 1), chat(*turns, system=system))
-        assert ids == expected and n_tokens == whole
-        assert trained_texts(make_tokenizer(template), ids, trained)[-1] == template.lead + "third answer" + template.terminator
-
-
-def test_what_follows_the_last_target_goes_before_an_old_exchange():
-    talk = chat("first question", "first answer", "second question", "second answer", "a question without an answer")
-    whole = len(reference(CHATML, talk))
-    assert encode(make_encoder(CHATML, whole - 1), talk)[0] == reference(CHATML, talk[:4])
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, GEMMA], ids=lambda template: template.name)
-@pytest.mark.parametrize("system", ["Be brief.", None])
-def test_the_last_question_is_cut_from_the_left_to_max_prompt_length(template, system):
-    question, answer = " ".join(f"word{i} 🙂" for i in range(200)), "the answer"
-    encoder = make_encoder(template, 150, 100)
-    ids, trained, n_tokens = encode(encoder, chat("old question", "old answer", question, answer, system=system))
-
-    def prompt_of(n_characters: int) -> list[int]:
-        return reference(template, chat(question[len(question) - n_characters:], system=system), for_answer=True)
-
-    (start, stop), = runs(trained)
-    kept = next(n for n in range(len(question), 0, -1) if prompt_of(n) == ids[:start])
-    assert start <= 100 < len(prompt_of(kept + 1)) and n_tokens > 1000
-    assert ids == reference(template, chat(question[len(question) - kept:], answer, system=system))
-    assert trained_texts(make_tokenizer(template), ids, trained) == [template.lead + answer + template.terminator]
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, IGNORES_SYSTEM, NO_TERMINATOR, QWEN3], ids=lambda template: template.name)
-@pytest.mark.parametrize("answer", ["the answer is a rather naïve one 🙂", "one\n", "two \n\n"])
-def test_half_a_terminator_is_never_trained(template, answer):
-    """At every length there is, the target is the whole answer with its terminator, or a beginning of the answer alone."""
-    tokenizer, talk = make_tokenizer(template), chat("question", answer)
-    lead = template.last_lead + template.lead
-    whole_answer = lead + (answer.strip() if template.strips else answer)
-    whole = whole_answer + (template.terminator or template.eos)
-    n_prompt, n_all = len(reference(template, talk[:1], for_answer=True)), len(reference(template, talk)) + 1
-    all_ids = encode(make_encoder(template), talk)[0]
-    for max_length in range(n_prompt + 1, n_all + 1):
-        ids, trained, _ = encode(make_encoder(template, max_length, max_length - 1), talk)
-        (start, stop), = runs(trained)
-        assert start == n_prompt and ids == all_ids[:max_length]
-        text = text_of(tokenizer, ids[start:stop])
-        assert text == whole or whole_answer.startswith(text.partition("\\x")[0])  # the first byte of half a character
-        if text != whole:
-            assert stop > max_length - 1 - len(tokenizer(template.terminator)["input_ids"])  # and no more is left out
-    assert text == whole
-
-
-texts = st.text(st.sampled_from("ab yes?\n.:#é🙂"), max_size=25)
-
-
-@settings(max_examples=150, deadline=None)
-@given(template=st.sampled_from([CHATML, LLAMA3, LLAMA2, GEMMA, IGNORES_SYSTEM]), system=st.none() | texts,
-       turns=st.lists(st.tuples(texts, texts.map(str.lstrip), st.booleans()), min_size=1, max_size=4),
-       without_last_answer=st.booleans(), max_length=st.integers(2, 120), prompt_share=st.floats(0.1, 0.99))
-def test_truncation_of_any_conversation(template, system, turns, without_last_answer, max_length, prompt_share):
-    talk = chat(*(text for question, answer, _ in turns for text in (question, answer)), system=system)
-    for message, train in zip((m for m in talk if m["role"] == "assistant"), (train for *_, train in turns)):
-        message["train"] = train
-    talk = talk[:-1] if without_last_answer else talk
-    tokenizer, encoder = make_tokenizer(template), make_encoder(template, max_length, max(1, int(prompt_share * max_length)))
-    columns, counts = encode_rows(encoder, 0, Path("x"), [(1, {"messages": talk})])
-
-    plain = [{"role": m["role"], "content": m["content"]} for m in talk]
-    assert counts["tokens"] == len(reference(template, plain)) == counts["tokens kept"] + counts["tokens dropped"]
-    ids, trained = columns["ids"].tolist(), columns["trained"].tolist()
-    assert counts["tokens kept"] == len(ids) <= max_length and counts["targets"] == sum(trained)
-    assert counts["rows without a target, dropped"] == (not ids) and counts["rows truncated"] == (0 < len(ids) < counts["tokens"])
-    answers = [m["content"].strip() if template.strips else m["content"] for m in talk
-               if m["role"] == "assistant" and m["train"] and m["content"].strip()]
-    targets = trained_texts(tokenizer, ids, trained)
-    assert len(targets) <= len(answers)
-    for i, (target, answer) in enumerate(zip(reversed(targets), reversed(answers))):
-        if target != template.lead + answer + template.terminator:  # only the very last may be cut
-            assert i == 0 and len(targets) == 1 and counts["rows truncated"]
-            assert (template.lead + answer).startswith(target.partition("\\x")[0])
-    if counts["tokens"] <= max_length:
-        assert len(targets) == len(answers) and ids == (reference(template, plain) if answers else [])
-
+from line_encoder import LineEncoder
+
+import data
+from data import (
+    CHUNK,
+    DTYPES,
+    IGNORE,
+    DataError,
+    SFTDataLoader,
+    TokenisedRows,
+    batch_by_length,
+    encode_files,
+    pack,
+    shuffled,
+    split_rows,
+    to_device,
+    tokenise,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The token cache
+
+
+def write_lines(file: Path, n_rows: int) -> Path:
+    """Rows of 1 to 7 numbers, of which those of one number have no target and are dropped."""
+    file.write_text("".join(f"{2 * i}{' 4 5'[:2 * (i % 3)]}{' 7' * (i % 5)}\n" for i in range(n_rows)))
+    return file
 
 
 def snapshot(cache: Path) -> dict[str, dict[str, bytes]]:
@@ -674,55 +52,72 @@ def snapshot(cache: Path) -> dict[str, dict[str, bytes]]:
     return {folder.name: {file.name: file.read_bytes() for file in sorted(folder.iterdir())} for folder in folders}
 
 
-def many_rows(n: int) -> list[dict]:
-    return [row(f"question {i}", "yes " * (i % 7)) for i in range(n)]
+def cached(files: list[Path], cache: Path, encoder: LineEncoder | None = None) -> TokenisedRows:
+    return tokenise(files, encoder or LineEncoder(), str(cache))
+
+
+def test_rows_are_those_of_the_lines(tmp_path):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("\n2 3\n4 4\n\n5 6 7\n")
+    b.write_text("9\n")
+    rows = cached([a, b, a], tmp_path)
+    inside = [([2, 3], [False, True]), ([5, 6, 7], [True, False, True])]
+    expected = [*inside, ([9], [True]), *inside]
+    assert len(rows) == 5 and [tuple(column.tolist() for column in rows[i]) for i in range(5)] == expected
+    assert rows.lengths.tolist() == [2, 3, 1, 2, 3] and rows.targets.tolist() == [1, 2, 1, 1, 2]
+    assert [rows.where(i) for i in range(5)] == [f"{a}:2", f"{a}:5", f"{b}:1", f"{a}:2", f"{a}:5"]
+    assert rows.counts == {"rows": 7, "targets": 7} and rows.file_of.tolist() == [0, 0, 1, 2, 2]
 
 
 def test_a_second_call_maps_what_the_first_has_built(tmp_path):
-    file = write(tmp_path / "x.jsonl", many_rows(20))
-    first = tokenise([str(file)], make_encoder(), str(tmp_path))
+    file = write_lines(tmp_path / "x.txt", 20)
+    first = cached([file], tmp_path)
     (folder,) = [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
 
     def state():
         return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in (folder, *sorted(folder.iterdir()))]
 
     before = state()
-    second = tokenise([str(file)], make_encoder(), str(tmp_path))
-    assert state() == before and second.counts == first.counts
+    second = cached([file], tmp_path)
+    assert state() == before and second.counts == first.counts and second.identity == first.identity == folder.name
     assert all(np.array_equal(second[i], first[i]) for i in range(len(first)))
-    moved = file.rename(tmp_path / "moved.jsonl")
-    assert tokenise([str(moved)], make_encoder(), str(tmp_path)).where(0) == f"{moved}:2" and state() == before
+    moved = file.rename(tmp_path / "moved.txt")
+    assert cached([moved], tmp_path).where(0) == f"{moved}:2" and state() == before
 
 
-def test_another_file_template_tokenizer_or_length_is_tokenised_anew(tmp_path):
-    file, cache = write(tmp_path / "x.jsonl", many_rows(20)), tmp_path / "cache"
-    other_template, other_tokenizer = copy.deepcopy(make_tokenizer(CHATML)), copy.deepcopy(make_tokenizer(CHATML))
-    other_template.chat_template = CHATML.jinja + "{# a comment #}"
-    other_tokenizer.add_tokens(["question"])
+def test_the_cache_is_named_by_the_encoder_and_the_contents_of_the_files(tmp_path):
+    a, b = write_lines(tmp_path / "a.txt", 20), write_lines(tmp_path / "b.txt", 30)
+    names = []
 
-    def n_folders_after(path: Path, encoder: ChatEncoder) -> int:
-        tokenise([str(path)], encoder, str(cache))
-        return len(snapshot(cache))
+    def name_of(*args) -> str:
+        names.append(cached(*args).identity)
+        return names[-1]
 
-    assert n_folders_after(file, make_encoder()) == n_folders_after(file, make_encoder()) == 1
-    assert n_folders_after(file, ChatEncoder(other_template, 1024, 512)) == 2
-    assert n_folders_after(file, ChatEncoder(other_tokenizer, 1024, 512)) == 3
-    assert n_folders_after(file, make_encoder(CHATML, 1023, 512)) == 4
-    assert n_folders_after(file, make_encoder(CHATML, 1024, 511)) == 5
-    assert n_folders_after(file, make_encoder(LLAMA3)) == 6
-    file.write_text(file.read_text().replace("question 3", "question 4"))  # same size, same name
-    assert n_folders_after(file, make_encoder()) == 7
-    file.write_text(file.read_text() + "\n")
-    assert n_folders_after(file, make_encoder()) == 8
-    one_line = tmp_path / "one.json"
-    one_line.write_text(json.dumps([row("q", "a")]))
-    assert n_folders_after(one_line, make_encoder()) == 9
-    check_error([one_line.rename(tmp_path / "one.jsonl")], f"{tmp_path / 'one.jsonl'}:1: ", "must be a JSON object", tmp_path)
+    first = name_of([a, b], tmp_path)
+    assert len({first, name_of([b, a], tmp_path), name_of([a], tmp_path), name_of([a, b, b], tmp_path),
+                name_of([a, b], tmp_path, LineEncoder("others"))}) == 5
+    a.write_text(a.read_text().replace("14 4 7", "14 4 9"))  # same size, same name
+    second = name_of([a, b], tmp_path)
+    a.write_text(a.read_text() + "\n")
+    third = name_of([a, b], tmp_path)
+    fourth = name_of([a.rename(tmp_path / "a.json"), b], tmp_path)  # it may be read otherwise
+    assert len({first, second, third, fourth}) == 4 and len(set(names)) == 8
+    assert set(names) == set(snapshot(tmp_path))
+
+
+def test_the_cache_does_not_hang_on_the_text_of_data_py(tmp_path):
+    (tmp_path / "data.py").write_text((ROOT / "data.py").read_text() + "\n\ndef another(thing):\n    return thing\n")
+    spec = importlib.util.spec_from_file_location("another_data", tmp_path / "data.py")
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    file = write_lines(tmp_path / "x.txt", 20)
+    assert cached([file], tmp_path).identity == other.tokenise([file], LineEncoder(), str(tmp_path)).identity
+    assert len(snapshot(tmp_path)) == 1
 
 
 def test_what_a_killed_build_has_left_is_not_used(tmp_path):
-    file = write(tmp_path / "x.jsonl", many_rows(20))
-    tokenise([str(file)], make_encoder(), str(tmp_path / "clean"))
+    file = write_lines(tmp_path / "x.txt", 20)
+    cached([file], tmp_path / "clean")
     clean = snapshot(tmp_path / "clean")
     (name,) = clean
     partial = tmp_path / "killed/tokens" / f"{name}.partial"
@@ -730,105 +125,505 @@ def test_what_a_killed_build_has_left_is_not_used(tmp_path):
     for column, content in clean[name].items():
         (partial / column).write_bytes(content[:len(content) // 2])
     (partial / "stray").write_text("x")
-    tokenise([str(file)], make_encoder(), str(tmp_path / "killed"))
+    cached([file], tmp_path / "killed")
     assert snapshot(tmp_path / "killed") == clean
 
 
-CHILD = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from transformers import AutoTokenizer
-from data import ChatEncoder, tokenise
+def test_what_can_t_be_cached_is_one_line(tmp_path):
+    file, empty, evens, words = (tmp_path / f"{name}.txt" for name in ("x", "empty", "evens", "words"))
+    for path, text in ((file, "1\n"), (empty, "\n"), (evens, "2\n4 6\n"), (words, "1\n\n2 two\n")):
+        path.write_text(text)
+    (tmp_path / "in_the_way").write_text("")
+    for files, cache, said in [
+            ([file, empty], "cache", f"{empty}: no rows in this file"),
+            ([file, words], "cache", f"{words}:3: not a line of numbers"),
+            ([evens], "cache", f"{evens}: no row has a target: {{'rows': 2}}"),
+            ([file, tmp_path], "cache", f"{tmp_path}: can't be read: Is a directory"),
+            ([tmp_path / "none"], "cache", f"{tmp_path / 'none'}: can't be read: No such file or directory"),
+            ([file], "in_the_way", "the token cache can't be written: Not a directory")]:
+        with pytest.raises(DataError) as raised:
+            cached(files, tmp_path / cache)
+        assert str(raised.value).endswith(said) and (cache == "in_the_way" or str(raised.value) == said)
+    assert snapshot_names(tmp_path / "cache") == []
 
-class Killer(ChatEncoder):
-    def __call__(self, messages):
-        self.rows_left -= 1
-        if not self.rows_left:
-            os.kill(self.victim, signal.SIGKILL)
-        return super().__call__(messages)
 
-if __name__ == "__main__":
-    file, cache, tokenizer, rows_left = sys.argv[1:]
-    encoder = (Killer if rows_left else ChatEncoder)(AutoTokenizer.from_pretrained(tokenizer), 1024, 512)
-    encoder.victim, encoder.rows_left = os.getpid(), int(rows_left or 0)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    print(len(tokenise([file], encoder, cache)))
-"""
+def snapshot_names(cache: Path) -> list[str]:
+    return [path.name for path in (cache / "tokens").iterdir() if path.is_dir() and not path.suffix]
+
+
+def child(file: Path, cache: Path, killed_at_row: int | str = "") -> subprocess.Popen:
+    """Starts a process of its own that fills the cache once it is sent a line; it says when it waits for that."""
+    argv = [ROOT / "tests/line_encoder.py", file, cache, killed_at_row]
+    return subprocess.Popen([sys.executable, *map(str, argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
-def child(tmp_path):
-    """Starts a process of its own that tokenises file into tmp_path/cache once it is sent a line; returns it when it waits."""
-    make_tokenizer(CHATML).save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "child.py").write_text(CHILD)
-
-    def start(file: Path, cache: str, killed_at_row: int | str = "") -> subprocess.Popen:
-        argv = [tmp_path / "child.py", file, tmp_path / cache, tmp_path / "tokenizer", killed_at_row]
-        return subprocess.Popen([sys.executable, *map(str, argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return start
+def one_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
 
 
-def encoder_of_children(tmp_path: Path) -> ChatEncoder:
-    return ChatEncoder(AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), 1024, 512)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1000, 16 * CHUNK], ids=["one process", "several"])
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, child, n_rows):
-    file = write(tmp_path / "x.jsonl", many_rows(n_rows))
-    killed = child(file, "cache", killed_at_row=300)
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, one_process, n_rows):
+    file = write_lines(tmp_path / "x.txt", n_rows)
+    killed = child(file, tmp_path / "cache", killed_at_row=300)
     killed.communicate("go\n", timeout=60)  # until nobody can write to its output: its workers are gone too
     assert killed.returncode == -9
     (partial,) = [path for path in (tmp_path / "cache/tokens").iterdir() if path.is_dir()]
     assert partial.suffix == ".partial"
     for folder in ("cache", "clean"):
-        tokenise([str(file)], encoder_of_children(tmp_path), str(tmp_path / folder))
+        cached([file], tmp_path / folder)
     assert snapshot(tmp_path / "cache") == snapshot(tmp_path / "clean")
     assert partial.stem in snapshot(tmp_path / "cache")
 
 
-def test_builds_at_once_end_in_the_cache_of_a_single_build(tmp_path, child):
-    file = write(tmp_path / "x.jsonl", many_rows(1000))
-    racers = [child(file, "raced") for _ in range(2)]
+@pytest.mark.slow
+def test_builds_at_once_by_several_processes_end_in_the_cache_of_one_build_by_one(tmp_path, one_process):
+    file = write_lines(tmp_path / "x.txt", 16 * CHUNK)
+    racers = [child(file, tmp_path / "raced") for _ in range(2)]
     assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2  # all have imported what they need: now they go
     for racer in racers:
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    alone = tokenise([str(file)], encoder_of_children(tmp_path), str(tmp_path / "alone"))
+    alone = cached([file], tmp_path / "alone")
     assert [racer.communicate(timeout=60)[0] for racer in racers] == [f"{len(alone)}\n"] * 2
     assert snapshot(tmp_path / "raced") == snapshot(tmp_path / "alone")
 
 
-def test_several_processes_give_what_one_gives(tmp_path):
-    rows = many_rows(16 * CHUNK + 10)
-    files = [write(tmp_path / "a.jsonl", rows[:1000]), write(tmp_path / "b.jsonl", rows[1000:])]
-    bad = write(tmp_path / "c.jsonl", [row("q", "a"), {"text": "no shape"}])
-    parts, counts = zip(*encode_files(files, make_encoder(), 1))
-    parallel = []
-    with pytest.raises(DataError, match=r"c.jsonl:2: the keys \['text'\] fit no shape"):
-        for part in encode_files([*files, bad], make_encoder(), 2):
-            parallel.append(part)
-    assert len(parts) > 16 and tuple(count for _, count in parallel) == counts
-    for one, (other, _) in zip(parts, parallel):
-        assert all(np.array_equal(one[name], other[name]) for name in DTYPES)
-
-    # the whole way, by as many processes as there are cores
-    whole = tokenise(list(map(str, files)), make_encoder(), str(tmp_path / "cache"))
-    assert whole.counts == dict(sum(counts[1:], counts[0]))
-    for column, name in ((whole.ids, "ids"), (whole.trained, "trained"), (whole.lines, "lines"), (whole.file_of, "files")):
-        assert np.array_equal(column, np.concatenate([part[name] for part in parts]))
+def test_the_cache_holds_the_chunks_one_after_the_other(tmp_path, one_process):
+    files = [write_lines(tmp_path / "a.txt", 1000), write_lines(tmp_path / "b.txt", 16 * CHUNK)]
+    parts, counts = zip(*encode_files(files, LineEncoder(), 1))
+    assert len(parts) == 4 + 16  # none has rows of two files
+    whole = cached(files, tmp_path)
+    assert whole.counts == dict(sum(counts, Counter())) and whole.offsets.tolist() == [0, *np.cumsum(whole.lengths)]
+    for column, name in ((whole.ids, "ids"), (whole.trained, "trained"), (whole.lines, "lines"), (whole.file_of, "files"),
+                         (whole.lengths, "lengths"), (whole.targets, "targets")):
+        assert column.dtype == DTYPES[name] and np.array_equal(column, np.concatenate([part[name] for part in parts]))
 
 
-def test_every_row_knows_where_it_comes_from(tmp_path):
-    a = write(tmp_path / "a.jsonl", [row("q1", "a1"), row("q2", ""), row("q3", "a3")])
-    a.write_text("\n" + a.read_text())
-    b = write(tmp_path / "b.json", [row("q4", ""), row("q5", "a5"), row("q6", "a6")])
-    rows = tokenise([str(tmp_path)], make_encoder(), str(tmp_path / "cache"))
-    sources = [row("q1", "a1"), row("q3", "a3"), row("q5", "a5"), row("q6", "a6")]
-    assert [rows.source(i) for i in range(len(rows))] == sources
-    starts = [number for number, line in enumerate(b.read_text().splitlines(), 1) if line == " {"]
-    assert [rows.where(i) for i in range(len(rows))] == [f"{a}:2", f"{a}:4", f"{b}:{starts[1]}", f"{b}:{starts[2]}"]
-    for i, source in enumerate(sources):
-        ids, trained = rows[i]
-        assert ids.tolist() == reference(CHATML, source["messages"]) and len(ids) == len(trained) == rows.lengths[i]
-        assert trained.sum() == rows.targets[i] > 0
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of the rows
+
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 64, 65, 100, 1000, 4096, 4097, 65_537]
+
+
+def order(n: int, *seed: int) -> list[int]:
+    return shuffled(np.arange(n), n, list(seed)).tolist()
+
+
+def by_the_book(position: int, n: int, seed: list[int]) -> int:
+    """The Feistel network with cycle walking in plain integers: halves of bits, SplitMix64's finalizer as the round function."""
+    bits = 1
+    while 4 ** bits < n:
+        bits += 1
+    keys = np.random.SeedSequence(seed).generate_state(8, np.uint64).tolist()
+    while True:
+        left, right = divmod(position, 2 ** bits)
+        for key in keys:
+            mixed = (right + key) % 2 ** 64
+            mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+            mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2 ** 64
+            left, right = right, left ^ (mixed ^ mixed >> 31) % 2 ** bits
+        position = left * 2 ** bits + right
+        if position < n:
+            return position
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_an_order_has_every_row_once(n):
+    for seed in ([0, 0], [1, 0], [1, 1], [2 ** 40, 3]):
+        rows = shuffled(np.arange(n), n, seed)
+        assert rows.dtype == np.int64 and np.array_equal(np.sort(rows), np.arange(n))
+
+
+@pytest.mark.parametrize("n", [*SIZES[:-1], 20_000_000, 2 ** 33])
+def test_an_order_is_as_by_the_book(n):
+    positions = np.unique(np.linspace(0, n - 1, 50).astype(np.int64))
+    for seed in ([1, 0], [7, 2]):
+        assert shuffled(positions, n, seed).tolist() == [by_the_book(position, n, seed) for position in positions.tolist()]
+
+
+def test_an_order_stays_what_it_is():
+    """Or a run could not be resumed by the next version of the code."""
+    assert order(10, 1, 0) == [0, 7, 4, 6, 2, 3, 1, 9, 5, 8]
+    assert shuffled(np.array([0, 9_999_999, 19_999_999]), 20_000_000, [1, 2]).tolist() == [
+        325216, 12654908, 6924026]
+
+
+@pytest.mark.parametrize("n", [1, 5, 100, 4097])
+def test_any_slice_is_that_of_the_whole_order(n):
+    whole, rng = np.array(order(n, 3, 1)), np.random.default_rng(n)
+    for start, stop in [(0, n), (0, 0), (n - 1, n), *np.sort(rng.integers(0, n + 1, (20, 2))).tolist()]:
+        assert np.array_equal(shuffled(np.arange(start, stop), n, [3, 1]), whole[start:stop])
+    anywhere = rng.integers(0, n, 50)
+    assert np.array_equal(shuffled(anywhere, n, [3, 1]), whole[anywhere])
+
+
+def test_orders_differ_by_seed_and_epoch():
+    orders = {seed: order(100, *seed) for seed in itertools.product(range(6), range(6))}
+    assert len(set(map(tuple, orders.values()))) == 36
+    assert list(range(100)) not in orders.values()
+    for (_, one), (_, other) in itertools.combinations(orders.items(), 2):
+        assert sum(a == b for a, b in zip(one, other)) < 10  # by chance one, and 10 in one of ten million pairs
+
+
+@pytest.mark.parametrize("n, n_orders, mean", [(2, 2, 250), (3, 6, 250), (4, 24, 100), (5, 120, 20)])
+def test_all_orders_are_as_frequent(n, n_orders, mean):
+    """Within five standard deviations, of counts that are close to Poisson's."""
+    counts = Counter(tuple(order(n, seed, 1)) for seed in range(mean * n_orders))
+    assert set(counts) == set(itertools.permutations(range(n)))
+    assert abs(np.array([*counts.values()]) - mean).max() < 5 * math.sqrt(mean)
+
+
+@pytest.mark.parametrize("n", [7, 13, 16])
+def test_every_row_comes_as_often_at_each_position_and_after_each_other(n):
+    n_seeds = 200 * n
+    orders = np.array([order(n, seed, 0) for seed in range(n_seeds)])
+    at, after = np.zeros((n, n)), np.zeros((n, n))
+    for position in range(n):
+        np.add.at(at, (position, orders[:, position]), 1)
+        if position:
+            np.add.at(after, (orders[:, position - 1], orders[:, position]), 1)
+    assert abs(at - 200).max() < 5 * math.sqrt(200)
+    pairs = after[~np.eye(n, dtype=bool)]
+    assert not after.diagonal().any() and abs(pairs - 200).max() < 5 * math.sqrt(200)
+
+
+def test_a_long_order_looks_like_any_other():
+    n = 100_000
+    rows = shuffled(np.arange(n), n, [1, 0])
+    positions = np.arange(n)
+    for other in (positions, np.roll(rows, 1), shuffled(positions, n, [1, 1]), shuffled(positions, n, [2, 0])):
+        assert abs(np.corrcoef(rows, other)[0, 1]) < 4 / math.sqrt(n)
+    assert (rows == positions).sum() < 8 and (np.diff(rows) == 1).sum() < 8  # by chance one
+    low_bits = np.bincount(rows[:n // 2] % 16, minlength=16)
+    assert abs(low_bits - n / 32).max() < 4 * math.sqrt(n / 32)
+
+
+class Ids:
+    """Stands for an array of n ids, each its own index, of which no more than `most` may be asked for at once."""
+
+    def __init__(self, n: int, most: int):
+        self.n, self.most = n, most
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        assert len(positions) <= self.most
+        return positions
+
+
+class Counted(np.ndarray):
+    """Counts the numbers that arithmetic on it makes."""
+
+    made = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        result = getattr(ufunc, method)(*[np.asarray(each) for each in inputs], **options)
+        Counted.made += np.size(result)
+        return result.view(Counted)
+
+
+@pytest.mark.parametrize("seed", [1, None])
+def test_a_step_costs_no_more_where_there_are_many_rows(monkeypatch, seed):
+    """In memory and in numbers computed; for each epoch, cycle walking takes at most four rounds on average."""
+    batch_size, given_to = 512, []
+
+    def counted(positions: np.ndarray, n: int, seed: list[int]) -> np.ndarray:
+        given_to.append(len(positions))
+        return np.asarray(shuffled(positions.view(Counted), n, seed))
+
+    def cost_of(n: int) -> tuple[float, int]:
+        """(numbers computed, most bytes at once) of a step, the mean and the maximum over 10 of them."""
+        Counted.made, peaks = 0, []
+        loader = SFTDataLoader(None, Ids(n, batch_size), 10 ** 12, seed, batch_size=batch_size, pad_id=PAD, packing=True,
+                               microbatch_tokens=1)
+        for step in range(10):
+            given_to.clear()
+            tracemalloc.start()
+            rows = loader.rows_of_step(step * 7919 * batch_size)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            assert len(rows) == batch_size and 0 <= rows.min() and rows.max() < n
+            assert sum(given_to) == (0 if seed is None else batch_size) and len(given_to) <= 2
+        return Counted.made / 10, max(peaks)
+
+    monkeypatch.setattr(data, "shuffled", counted)
+    once, memory = cost_of(4 ** 10)  # a power of four is its own domain: no number goes in again
+    assert once <= 100 * batch_size and (once > 0) == (seed is not None)
+    for n in (10_000, 20_000_000, 4 ** 10 + 1):
+        numbers, peak = cost_of(n)
+        assert once <= numbers <= 4.5 * once  # what is done is looked at each time
+        assert peak <= 1.2 * memory <= 30 * 8 * batch_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches. These need no processes: a loader is told its rank.
+
+BATCH, SEED, PAD = 6, 4, 9
+WORLD_SIZES = [1, 2, 3, 4]
+QUICK = {1, 2, 5, 6, 7, 12, 13, 24}  # those about a multiple of the batch, and a few
+sizes = pytest.mark.parametrize("n", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
+                                      for n in range(1, 2 * 2 * BATCH + 2)])
+layouts = pytest.mark.parametrize("packing, accumulation, microbatch_tokens",
+                                  [*itertools.product([True, False], [1, 2], [10 ** 6, 25])])
+
+
+def make_documents(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, trained): document i begins with 1000 + i, has 2 to 30 tokens, and the pad token among them, last if i is even."""
+    rng, documents = np.random.default_rng(n), []
+    for i in range(n):
+        length = rng.integers(2, 31)
+        ids, trained = rng.integers(0, 20, length), rng.random(length) < 0.5
+        ids[0], trained[0], trained[-1] = 1000 + i, False, True
+        ids[-1] = PAD if i % 2 == 0 else ids[-1]
+        documents.append((ids, trained))
+    return documents
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """n → rows on the disk, twice n of them, and the ids of every other one."""
+    folder, made = tmp_path_factory.mktemp("rows"), {}
+
+    def rows_of(n: int):
+        if n not in made:
+            made[n] = store_rows(folder / str(n), make_documents(2 * n)), np.arange(0, 2 * n, 2)
+        return made[n]
+    return rows_of
+
+
+def loaders(rows, ids, world_size: int, n_examples: int, seed: int | None = SEED, packing=True, microbatch_tokens=10 ** 6,
+            **options) -> list[SFTDataLoader]:
+    return [SFTDataLoader(rows, ids, n_examples, seed, **{"batch_size": BATCH, **options}, pad_id=PAD, packing=packing,
+                          microbatch_tokens=microbatch_tokens, rank=rank, world_size=world_size) for rank in range(world_size)]
+
+
+def sequence_of(rows, ids, n_examples: int, seed: int | None = SEED) -> list[int]:
+    """The rows of all steps in their order, which is that of one step of all examples."""
+    return loaders(rows, ids, 1, n_examples, seed, batch_size=n_examples)[0].rows_of_step(0).tolist()
+
+
+def by_step(loader: SFTDataLoader) -> list[list[dict]]:
+    """[the microbatches of each step] of one rank, each of which says how many there are."""
+    steps, batches = [], iter(loader)
+    for batch in batches:
+        steps.append([batch, *itertools.islice(batches, batch["n_microbatches"] - 1)])
+        assert {batch["n_microbatches"] for batch in steps[-1]} == {len(steps[-1])}
+    return steps
+
+
+def documents_in(batch: dict) -> list[tuple[list[int], list[int], list[int]]]:
+    """[(ids, labels, position ids)] of a microbatch, by its document_ends or by its mask."""
+    columns = [batch[key] for key in ("target_combined_input_ids", "target_labels", "position_ids")]
+    if batch["document_ends"] is not None:
+        pairs = itertools.pairwise(batch["document_ends"].tolist())
+        return [tuple(column[0, start:stop].tolist() for column in columns) for start, stop in pairs]
+    lengths = batch["target_combined_attention_mask"].sum(1).tolist()
+    return [tuple(column[row, :length].tolist() for column in columns) for row, length in enumerate(lengths)]
+
+
+def rows_in(batch: dict) -> list[int]:
+    """Which rows a microbatch holds; a filler, one pad token, is none."""
+    found = [ids[0] - 1000 for ids, _, _ in documents_in(batch) if ids != [PAD]]
+    assert len(found) == batch["n_documents"]
+    return found
+
+
+def rows_by_step(ranks: list[list[list[dict]]]) -> list[list[int]]:
+    """The steps of each rank → the rows of each step, over all ranks, sorted."""
+    return [sorted(row for batches in of_ranks for batch in batches for row in rows_in(batch))
+            for of_ranks in zip(*ranks, strict=True)]
+
+
+@sizes
+def test_every_example_comes_once_an_epoch_each_time_in_a_new_order(stored, n):
+    rows, ids = stored(n)
+    sequence = sequence_of(rows, ids, 3 * n)
+    epochs = [sequence[i * n:(i + 1) * n] for i in range(3)]
+    assert all(sorted(epoch) == ids.tolist() for epoch in epochs)
+    if n > 5:
+        assert len({*map(tuple, epochs), tuple(ids)}) == 4
+        assert sequence_of(rows, ids, n, seed=SEED + 1) not in epochs
+    steps = rows_by_step([by_step(*loaders(rows, ids, 1, n_examples=3 * n))])
+    ends = [*range(0, 3 * n, BATCH), 3 * n]
+    assert steps == [sorted(sequence[start:stop]) for start, stop in itertools.pairwise(ends)]
+    assert len(steps) == math.ceil(3 * n / BATCH)
+    assert [len(step) for step in steps[:-1]] == [BATCH] * (len(steps) - 1) and 1 <= len(steps[-1]) <= BATCH
+
+
+@sizes
+@pytest.mark.parametrize("seed", [SEED, None])
+def test_a_step_may_begin_anywhere_in_the_sequence_of_epochs(stored, n, seed):
+    """As one does where a run of other n_examples goes on."""
+    (loader,), sequence = loaders(*stored(n), 1, 3 * n, seed), sequence_of(*stored(n), 3 * n, seed)
+    for first in range(3 * n):
+        assert loader.rows_of_step(first).tolist() == sequence[first:first + BATCH]
+        assert sorted(sum(map(rows_in, loader.microbatches(first)), [])) == sorted(sequence[first:first + BATCH])
+
+
+def test_a_step_names_its_rows(tmp_path):
+    lines = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    lines[0].write_text("1\n\n1\n")
+    lines[1].write_text("1\n")
+    (loader,) = loaders(cached(lines, tmp_path), np.array([2, 1, 1]), 1, 5, seed=None, batch_size=3)
+    assert loader.row_names(0) == f"{lines[0]}:3, {lines[0]}:3, {lines[1]}:1"
+    assert loader.row_names(3) == f"{lines[0]}:3, {lines[1]}:1"
+
+
+@sizes
+def test_the_order_is_the_same_on_every_rank_of_any_number(stored, n):
+    sequence = sequence_of(*stored(n), 3 * n)
+    for loader in [loader for world_size in WORLD_SIZES for loader in loaders(*stored(n), world_size, 3 * n)]:
+        assert sum((loader.rows_of_step(first).tolist() for first in range(0, 3 * n, BATCH)), []) == sequence
+
+
+@sizes
+@layouts
+def test_a_step_has_the_same_rows_on_any_number_of_ranks_and_as_many_microbatches_on_each(
+        stored, n, packing, accumulation, microbatch_tokens):
+    n_examples = 2 * n - n % 2
+    sequence = sequence_of(*stored(n), n_examples)
+    expected = [sorted(sequence[first:first + BATCH]) for first in range(0, n_examples, BATCH)]
+    for world_size in WORLD_SIZES:
+        ranks = [by_step(loader) for loader in loaders(*stored(n), world_size, n_examples, packing=packing,
+                                                       accumulation=accumulation, microbatch_tokens=microbatch_tokens)]
+        assert rows_by_step(ranks) == expected
+        counts = [list(map(len, steps)) for steps in ranks]
+        assert all(each == counts[0] for each in counts) and min(counts[0]) >= accumulation
+        assert all(count % accumulation == 0 for count in counts[0])
+        if microbatch_tokens == 10 ** 6:
+            assert set(counts[0]) == {accumulation}
+
+
+@sizes
+def test_the_microbatches_of_any_step_are_those_of_the_whole(stored, n):
+    for world_size, seed in itertools.product((1, 2), (SEED, None)):
+        for loader in loaders(*stored(n), world_size, 3 * n, seed):
+            whole = by_step(loader)
+            assert same(whole, [list(loader.microbatches(first)) for first in range(0, 3 * n, BATCH)])
+            assert same(whole, by_step(loader))  # nothing is left of the first time
+
+
+def same(a, b) -> bool:
+    """Whether two trees of lists and dicts of tensors and numbers are equal."""
+    if isinstance(a, (list, dict)):
+        keys = a if isinstance(a, dict) else range(len(a))
+        return len(a) == len(b) and all(same(a[key], b[key]) for key in keys)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@layouts
+@pytest.mark.parametrize("n, world_size", [(1, 3), (7, 2), (13, 1), (20, 3)])
+def test_batches_hold_their_rows_and_nothing_else(stored, n, world_size, packing, accumulation, microbatch_tokens):
+    documents, n_seen = make_documents(2 * n), 0
+    for loader in loaders(*stored(n), world_size, 2 * n, packing=packing, accumulation=accumulation,
+                          microbatch_tokens=microbatch_tokens):
+        for batch in loader:
+            ids, labels, mask = (batch[f"target_{key}"] for key in ("combined_input_ids", "labels", "combined_attention_mask"))
+            assert all(batch[key].dtype == torch.int64 for key in ("position_ids", "target_positions", "predicting_positions"))
+            assert ids.dtype == labels.dtype == mask.dtype == torch.int64 and ids.shape == labels.shape == mask.shape
+            assert torch.equal(batch["target_positions"], (labels.flatten() != IGNORE).nonzero().flatten())
+            assert torch.equal(batch["predicting_positions"], batch["target_positions"] - 1)
+            assert (batch["position_ids"].flatten()[batch["target_positions"]] > 0).all()  # so these are of the same document
+            inside = documents_in(batch)
+            for row, (its_ids, its_labels, positions) in zip(rows_in(batch), inside):
+                expected, trained = documents[row]
+                assert its_ids == expected.tolist() and positions == list(range(len(expected)))
+                assert its_labels == [id if on else IGNORE for id, on in zip(expected, trained)]
+                n_seen += 1
+            if not batch["n_documents"]:
+                assert ids.tolist() == [[PAD]] and labels.tolist() == [[IGNORE]] and batch["position_ids"].tolist() == [[0]]
+            assert batch["longest"] == max(len(its_ids) for its_ids, _, _ in inside)
+            if packing:
+                ends = batch["document_ends"]
+                assert ids.shape[0] == 1 and mask.all() and ends.dtype == torch.int32
+                assert ends[0] == 0 and ends[-1] == ids.shape[1] and (ends.diff() > 0).all()
+            else:
+                assert batch["document_ends"] is None and ids.shape[1] == batch["longest"]
+                padding = mask == 0
+                assert (ids[padding] == PAD).all() and (labels[padding] == IGNORE).all()
+                assert (mask.diff(dim=1) <= 0).all()  # on the right
+    assert n_seen == 2 * n
+
+
+@layouts
+def test_counts_are_the_whole_step_s(stored, packing, accumulation, microbatch_tokens):
+    documents = make_documents(26)
+    for loader in loaders(*stored(13), 2, 20, packing=packing, accumulation=accumulation, microbatch_tokens=microbatch_tokens):
+        for i, step in enumerate(by_step(loader)):
+            rows = [documents[row] for row in loader.rows_of_step(i * BATCH)]
+            for batch in step:
+                assert batch["n_examples"] == len(rows) == (6, 6, 6, 2)[i]
+                assert batch["global_token_count"] == sum(len(ids) for ids, _ in rows)
+                assert batch["global_target_count"] == sum(int(trained.sum()) for _, trained in rows)
+                assert batch["global_squared_lengths"] == sum(len(ids) ** 2 for ids, _ in rows)
+
+
+@sizes
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("microbatch_tokens", [25, 40, 10 ** 6])
+def test_no_microbatch_of_several_rows_has_more_than_its_tokens(stored, n, packing, microbatch_tokens):
+    sizes = [(batch["target_combined_input_ids"].numel(), batch["n_documents"]) for loader in
+             loaders(*stored(n), 2, 2 * n, packing=packing, microbatch_tokens=microbatch_tokens) for batch in loader]
+    assert all(tokens <= microbatch_tokens or n_documents == 1 for tokens, n_documents in sizes)
+
+
+def test_a_batch_is_copied_to_a_device_whole(stored):
+    batch = next(iter(loaders(*stored(10), 1, 10)[0]))
+    assert same(to_device(batch, torch.device("cpu")), batch)
+    on_meta = to_device(batch, torch.device("meta"))
+    assert on_meta.keys() == batch.keys()
+    for key, value in batch.items():
+        assert on_meta[key].device.type == "meta" if torch.is_tensor(value) else on_meta[key] == value
+
+
+def test_evaluation_takes_the_rows_in_their_order(stored):
+    rows, ids = stored(10)
+    assert rows_by_step(list(map(by_step, loaders(rows, ids, 2, 10, seed=None)))) == [[0, 2, 4, 6, 8, 10], [12, 14, 16, 18]]
+
+
+@pytest.mark.parametrize("n, fraction, n_held_out", [(100, 0.1, 10), (100, 0.0, 0), (5, 0.01, 1), (9, 0.5, 4), (999, 0.333, 333)])
+def test_held_out_rows_are_trained_on_by_no_run(n, fraction, n_held_out):
+    train, held_out = split_rows(n, fraction, seed=1)
+    assert len(held_out) == n_held_out and sorted([*train, *held_out]) == list(range(n))
+    assert train.tolist() == sorted(train) and held_out.tolist() == sorted(held_out)
+    if 1 < n_held_out:
+        assert held_out.tolist() != split_rows(n, fraction, seed=2)[1].tolist()
+        assert held_out.tolist() not in (list(range(n_held_out)), list(range(n - n_held_out, n)))
+
+
+lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=60).map(lambda lengths: np.array(lengths, np.int32))
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=lengths_lists, capacity=st.integers(1, 150), multiple=st.integers(1, 6))
+@pytest.mark.parametrize("assign", [pack, batch_by_length])
+def test_documents_are_assigned_whole_once_each_and_within_the_capacity(assign, lengths, capacity, multiple):
+    groups = assign(lengths, capacity, multiple)
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    assert len(groups) % multiple == 0 and groups == assign(lengths.copy(), capacity, multiple)
+    tokens = {pack: lambda group: lengths[group].sum(), batch_by_length: lambda group: len(group) * lengths[group].max()}[assign]
+    assert all(len(group) <= 1 or tokens(group) <= capacity for group in groups)
+    if tokens([*range(len(lengths))]) <= capacity:
+        assert len(groups) == multiple  # no more microbatches than are asked for, where all fit
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=lengths_lists, capacity=st.integers(50, 150), multiple=st.integers(1, 6))
+def test_packed_groups_are_balanced_and_few(lengths, capacity, multiple):
+    groups = pack(lengths, capacity, multiple)
+    tokens = [int(lengths[group].sum()) for group in groups]
+    for group, its_tokens in zip(groups, tokens):
+        assert its_tokens - (lengths[group].min() if group else 0) <= min(tokens)  # without its last document it was the least
+    # Where fewer groups would not do, the fullest had several documents, and without its last each one was half full.
+    assert len(groups) <= 2 * lengths.sum() / capacity + multiple
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=lengths_lists, capacity=st.integers(1, 150), multiple=st.integers(1, 6))
+def test_padded_groups_are_runs_by_length_of_nearly_equal_size(lengths, capacity, multiple):
+    groups = batch_by_length(lengths, capacity, multiple)
+    assert [*lengths[list(itertools.chain(*groups))]] == sorted(lengths)
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1

@@ -1,28 +1,26 @@
-"""Each supported family of models: two steps on 2 processes, the export and its reload, against plain transformers.
-
-Under torchrun this file is also the worker whose results the tests read:
-    torchrun --nproc_per_node=2 tests/test_families.py FOLDER    # writes FOLDER/results.pt and FOLDER/FAMILY-trained/
-"""
+"""Each supported family of models: two steps on 2 processes, the export and its reload, against plain transformers."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import run_well, store_rows
+from conftest import store_rows
+from forked import run_ranks, whole
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from configs.base import Config, ModelConfig
-from data import IGNORE, ChatEncoder, SFTDataLoader, TokenisedRows, to_messages
-from fsdp_utils import all_reduce_means, clip_gradients, init_processes, load_shards, shard_model, write_gathered
+from chat import ChatEncoder, to_messages
+from checkpoint import save_model, write_gathered
+from configs.base import ModelConfig
+from data import IGNORE, SFTDataLoader, TokenisedRows
+from fsdp_utils import all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, shard_model
+from logps import check_head
 from make_tiny import make_rows, train_tokenizer
-from model_utils import check_head, enable_packing, load_tokenizer, save_model
+from model_utils import enable_packing, load_tokenizer, load_weights
 from sft import get_batch_metrics, make_model, make_optimizer
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -53,7 +51,7 @@ FAMILIES = {  # what sets each apart from the others; windows are shorter than m
 }
 LENGTHS, BATCH, VOCABULARY = [40, 3, 17, 5, 29, 12, 9, 33, 4, 21], 6, 256  # a step of 6 rows, and one of 4
 PROBE = torch.arange(3, 27)[None]  # ids to compare logits of
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ def folder(tmp_path_factory) -> Path:
     for family, (model_type, options) in FAMILIES.items():
         write_random_model(folder / family, model_type, options)
     store_rows(folder / "rows", make_documents())
-    run_well(__file__, folder, n_processes=2)
+    run_ranks(2, work, folder)
     return folder
 
 
@@ -107,21 +105,19 @@ def work(folder: Path) -> None:
     results = {family: train(folder, family, rows, tokenizer, rank, world_size, device) for family in FAMILIES}
     if rank == 0:
         torch.save(results, folder / "results.pt")
-    dist.destroy_process_group()
+    end_process()
 
 
 def train(folder: Path, family: str, rows, tokenizer, rank: int, world_size: int, device: torch.device) -> dict:
-    model = make_model(Config(model=ModelConfig(name_or_path=str(folder / family))), tokenizer, 2, device)
-    shard_model(model, device, "target_logps")
-    load_shards(model, model.weight_files)
-    optimizer = make_optimizer(model, Config(lr=1e-2))
+    model = make_model(ModelConfig(name_or_path=str(folder / family)), tokenizer, 2, "", device)
+    shard_model(model, make_mesh(device), "target_logps")
+    load_weights(model)
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
     check_head(model, device)
-    own_attention = model.config._attn_implementation
-    why_not = enable_packing(model, device)
-    result = {"sliced": bool(model.weight_files), "padded since": why_not, "steps": []}
-    loader = SFTDataLoader(rows, np.arange(len(rows)), BATCH, len(rows), None, pad_id=2, packing=not why_not,
+    packing = enable_packing(model, device)
+    result = {"sliced": bool(model.weight_files), "packed": packing, "steps": []}
+    loader = SFTDataLoader(rows, np.arange(len(rows)), len(rows), batch_size=BATCH, pad_id=2, packing=packing,
                            microbatch_tokens=8192, rank=rank, world_size=world_size)
-    model.train()
     for batch in loader:
         weights = whole_weights(model)
         loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
@@ -133,7 +129,7 @@ def train(folder: Path, family: str, rows, tokenizer, rank: int, world_size: int
         optimizer.step()
         optimizer.zero_grad()
     write_gathered(model, lambda parts: save_model(folder / f"{family}-trained", model, parts))
-    model.set_attn_implementation(own_attention)  # the packed one must be told where documents end
+    model.set_attn_implementation(model.own_attention)  # the packed one must be told where documents end
     with torch.no_grad():
         logits = model.eval()(input_ids=PROBE).logits
     return result | {"weights": whole_weights(model), "logits": logits}
@@ -142,10 +138,6 @@ def train(folder: Path, family: str, rows, tokenizer, rank: int, world_size: int
 def whole_weights(model) -> dict[str, torch.Tensor]:
     own, state = dict(model.named_parameters()), model.state_dict()  # which shards again what a forward has gathered
     return whole({name: state[name] for name in own})
-
-
-def whole(tensors: dict) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().full_tensor().clone() for name, tensor in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +189,7 @@ def test_weights_are_read_by_slices_unless_they_are_cut_otherwise_in_the_file(fo
 
 @families
 def test_every_family_is_packed(results, family):
-    assert results[family]["padded since"] == ""
+    assert results[family]["packed"] is True
 
 
 @families
@@ -264,7 +256,3 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path, adds_bos):
     again = load_tokenizer(str(tmp_path / "FINAL"), "")
     assert len(again) == len(tokenizer)
     assert ChatEncoder(again, 64, 48)(to_messages({"prompt": "reverse ABC", "completion": "CBA"})) == (ids, trained, len(ids))
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

@@ -1,47 +1,45 @@
-"""Sharding, gradients, clipping and checkpoints on 1, 2 and 4 processes, against plain transformers on one row at a time.
+"""Sharding, gradients, clipping and checkpoints on 1, 2 and 4 processes, against plain transformers on one row at a time."""
 
-Under torchrun this file is also the worker whose results the tests read:
-    torchrun --nproc_per_node=2 tests/test_fsdp_utils.py FOLDER    # writes FOLDER/2-ranks.pt and FOLDER/2-ranks-…/
-"""
-
+import contextlib
+import functools
 import hashlib
 import json
 import math
-import shutil
-import sys
+import os
+import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import process_of_one, run_well, store_rows, write_model
-from safetensors import safe_open
+from conftest import ROOT, process_of_one, run_script, store_rows, write_model
+from forked import run_ranks, whole
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from configs.base import Config, ModelConfig
-from data import IGNORE, SFTDataLoader, TokenisedRows
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_model, write_gathered, written_whole
+from configs.base import ModelConfig
+from data import IGNORE, SFTDataLoader, TokenisedRows, shuffled
 from fsdp_utils import (
-    CheckpointError,
-    ShardingError,
+    ModelError,
+    accumulate,
     all_reduce_means,
     clip_gradients,
+    end_process,
+    failing_together,
     find_blocks,
-    find_checkpoint,
     init_processes,
-    list_checkpoints,
-    load_checkpoint,
-    load_shards,
-    prune_checkpoints,
-    save_checkpoint,
+    make_mesh,
     shard_model,
-    write_gathered,
 )
-from model_utils import enable_packing, load_tokenizer, save_model
+from model_utils import enable_packing, load_tokenizer, load_weights
 from sft import get_batch_metrics, make_model, make_optimizer
 
 WORLD_SIZES = [1, 2, 4]
@@ -51,11 +49,11 @@ CASES = {f"{name}, {cut}": {"packing": name == "packed", **options} for name in 
          for cut, options in {"whole": {}, "accumulated": {"accumulation": 4}, "few tokens": {"microbatch_tokens": 70}}.items()}
 CASES |= {"packed, recomputed": {"recompute": True, "microbatch_tokens": 70},
           "padded, recomputed": {"recompute": True, "packing": False},
-          "packed, replicated": {"replicas": 2, "microbatch_tokens": 70}, "packed, offloaded": {"cpu_offload": True},
+          "packed, replicated": {"replicas": 2, "microbatch_tokens": 70}, "packed, offloaded": {"offload": True},
           "packed, tied": {"kind": "tied"}, "padded, tied": {"kind": "tied", "packing": False}}
 IN_BF16 = {"packed, bf16": {"dtype": torch.bfloat16}, "padded, bf16": {"dtype": torch.bfloat16, "packing": False}}
-worlds, cases = pytest.mark.parametrize("world", WORLD_SIZES), pytest.mark.parametrize("case", CASES)
-kinds = pytest.mark.parametrize("kind", ["untied", "tied"])
+worlds = pytest.mark.parametrize("world", [pytest.param(world, marks=pytest.mark.slow) for world in WORLD_SIZES])
+cases, kinds = pytest.mark.parametrize("case", CASES), pytest.mark.parametrize("kind", ["untied", "tied"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,10 +79,8 @@ def folder(tmp_path_factory) -> Path:
     for kind, dtype in (("untied", torch.float32), ("tied", torch.bfloat16)):
         write_model(folder / kind, tied=kind == "tied", dtype=dtype)
     store_rows(folder / "rows", make_documents())
-    for n_processes in (2, 4):  # the checkpoint of 2 is read by all
-        run_well(__file__, folder, n_processes=n_processes)
-    with process_of_one():
-        work(folder)
+    for n_processes in (2, 4, 0):  # the checkpoint of 2 is read by all; a process that is no rank makes a group of one
+        run_ranks(n_processes, work, folder)
     return folder
 
 
@@ -99,51 +95,142 @@ def results(folder) -> dict[int, dict]:
 
 def work(folder: Path) -> None:
     rank, world_size, device = init_processes()
-    rows = TokenisedRows(folder / "rows", [])
+    rows, tokenizer = TokenisedRows(folder / "rows", []), load_tokenizer(str(folder / "untied"), "")
     numbers = {"a": torch.tensor([float(rank), 1.0]), "b": torch.tensor([10.0 ** rank, 0.5])}
     results = {"process": [rank, world_size, device.type], "means": all_reduce_means(numbers)}
+    results |= {"failing": fail_in_turns(rank, world_size), "written": write_in_turns(folder, rank, world_size)}
     for name, case in (CASES | IN_BF16).items():
-        model, _, calls = start(folder, **case)
+        model, _, calls = start(folder, tokenizer, **case)
         results[name] = [*steps(model, calls, rows, rank, world_size, **case)]
     for kind in ("untied", "tied"):
-        results[f"saved, {kind}"], results[f"loaded, {kind}"] = save_and_load(folder, kind, rows, rank, world_size)
+        results[f"saved, {kind}"], results[f"loaded, {kind}"] = save_and_load(folder, tokenizer, kind, rows, rank, world_size)
     if rank == 0:
         torch.save(results, folder / f"{world_size}-ranks.pt")
-    dist.destroy_process_group()
+    end_process()
 
 
-def start(folder: Path, kind: str = "untied", packing: bool = True, recompute: bool = False,
-          resume: Path | None = None, replicas: int = 1, cpu_offload: bool = False, dtype: torch.dtype = torch.float32, **_):
+FAILURES = {  # name → (what one rank raises, what all of them say)
+    "OSError": (lambda: OSError(28, "No space left on device", "a/file"), "[Errno 28] No space left on device: 'a/file'"),
+    "ValueError": (lambda: ValueError("a value that is wrong"), "a value that is wrong"),
+    "SafetensorError": (lambda: SafetensorError("a damaged file"), "a damaged file"),
+    "its own class": (lambda: ModelError("a model that is wrong"), "a model that is wrong"),
+    "CheckpointException": (lambda: CheckpointException("not this", {0: (OSError("full"), None), 1: (OSError("full"), None),
+                                                                     2: (ValueError("cut"), None)}), "full; cut"),
+    "of two lines": (lambda: ValueError("an error\n  of two lines\n"), "an error of two lines"),
+    "without a text": (lambda: OSError(), "OSError")}
+
+
+def outcomes(context, block=lambda _: None) -> list:
+    """Enters the context manager and calls the block in it; returns each rank's [class, text] of what is raised, or None."""
+    mine, ranks = None, [None] * dist.get_world_size()
+    try:
+        with context as given:
+            block(given)
+    except Exception as error:
+        mine = [type(error).__name__, str(error)]
+    dist.all_gather_object(ranks, mine)
+    return ranks
+
+
+def fail_in_turns(rank: int, world_size: int) -> dict:
+    """{(failure, the rank that fails, what is being done): outcomes}"""
+    def fail(_, error: Exception | None):
+        if error:
+            raise error
+
+    results = {}
+    for name, (make, _) in FAILURES.items():
+        for failing in {0, world_size - 1}:
+            for what in ("", "what is done"):
+                block = functools.partial(fail, error=make() if rank == failing else None)
+                results[name, failing, what] = outcomes(failing_together(ModelError, what), block)
+    results["all"] = outcomes(failing_together(ModelError), functools.partial(fail, error=OSError(f"of rank {rank}")))
+    results["none"] = outcomes(failing_together(ModelError, "what is done"))
+    return results
+
+
+KILLED = ["target/old", "target.old/older", "target.partial/stale"]  # what a run may leave that is killed while it writes
+WRITTEN = {  # name → (the files that are there before, the rank that fails or None, when, what all of them say)
+    "for the first time": ([], None, "", ""),
+    "again": (["target/old"], None, "", ""),
+    "after a run that was killed": (KILLED, None, "", ""),
+    "the first rank fails": (["target/old"], 0, "writing", "no room"),
+    "the last rank fails": (["target/old"], -1, "writing", "no room"),
+    "the last rank fails, where nothing was": ([], -1, "writing", "no room"),
+    "the last rank fails, after a run that was killed": (KILLED, -1, "writing", "no room"),
+    "all are told so already": (["target/old"], -1, "writing together", "no room"),
+    "it can't be made": (["target.partial"], 0, "making", "[Errno 17] File exists: 'target.partial'"),
+    "it can't be renamed": (["target/old"], 0, "renaming", "no room")}
+
+
+def write_in_turns(folder: Path, rank: int, world_size: int) -> dict[str, tuple]:
+    """{case: what write_one returns}"""
+    before = Path.cwd()
+    results = {name: write_one(folder / f"{world_size}-ranks-written" / name, rank, world_size, *case)
+               for name, case in WRITTEN.items()}
+    os.chdir(before)
+    return results
+
+
+def write_one(room: Path, rank: int, world_size: int, files: list[str], failing: int | None, when: str, text: str) -> tuple:
+    """Returns (outcomes, {each path in target: its text} while it is written, {each path of all: its text} afterwards)."""
+    if rank == 0:
+        room.mkdir(parents=True)
+        for file in map(room.joinpath, files):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("as before")
+    dist.barrier()
+    os.chdir(room)
+    fails, during = failing is not None and rank == failing % world_size, {}
+
+    def write(partial: Path) -> None:
+        during.update(read_texts(Path("target")))
+        time.sleep(0.05 * (rank == world_size - 1))
+        (partial / f"of-rank-{rank}").write_text("new")
+        with failing_together(CheckpointError) if when == "writing together" else contextlib.nullcontext():
+            if fails and when.startswith("writing"):
+                raise OSError(text)
+
+    with mock.patch("checkpoint.replace", side_effect=OSError(text)) if when == "renaming" else contextlib.nullcontext():
+        errors = outcomes(written_whole(Path("target")), write)
+    return errors, during, read_texts(Path("."))
+
+
+def read_texts(folder: Path) -> dict[str, str | None]:
+    """{each path below the folder: its text, or None where it is a folder}"""
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_text() for path in sorted(folder.rglob("*"))}
+
+
+def start(folder: Path, tokenizer, kind: str = "untied", packing: bool = True, recompute: bool = False,
+          resume: Path | None = None, replicas: int = 1, offload: bool = False, dtype: torch.dtype = torch.float32, **_):
     """Returns (the sharded model, its optimizer, a counter of how often each block is computed)."""
-    config = Config(model=ModelConfig(name_or_path=str(folder / kind)))
     device = torch.device("cpu")
-    model = make_model(config, load_tokenizer(str(folder / "untied"), ""), 2, device)
+    model = make_model(ModelConfig(name_or_path=str(folder / kind)), tokenizer, 2, "", device)
     calls = Counter()
     for i, block in enumerate(find_blocks(model)):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # recomputing stops before its end
-    shard_model(model, device, "target_logps", dtype=dtype, recompute=recompute, cpu_offload=cpu_offload,
-                replicas=min(replicas, dist.get_world_size()))
-    load_shards(model, model.weight_files)
-    optimizer = make_optimizer(model, Config(lr=1e-2))
-    if resume:
-        load_checkpoint(resume, model, optimizer)
-    assert not packing or enable_packing(model, device) == ""
-    return model.train(), optimizer, calls
+    mesh = make_mesh(device, min(replicas, dist.get_world_size()))
+    shard_model(model, mesh, "target_logps", dtype=dtype, recompute=recompute, offload=offload)
+    load_weights(model, frozen_only=bool(resume))
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
+    load_checkpoint(resume, model, optimizer)
+    assert not packing or enable_packing(model, device)
+    assert model.training
+    return model, optimizer, calls
 
 
 def steps(model, calls, rows, rank, world_size, packing=True, accumulation=1, microbatch_tokens=8192, **_):
     """Yields a dict of each step: its gradients, and all that is logged of it."""
-    loader = SFTDataLoader(rows, np.arange(N_ROWS), batch_size=BATCH, n_examples=N_ROWS, seed=1, pad_id=2, packing=packing,
-                           microbatch_tokens=microbatch_tokens, accumulation=accumulation, rank=rank, world_size=world_size)
-    sums, n_microbatches, n_empty = Counter(), 0, 0
-    for batch in loader:
-        calls.clear()
-        loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
-        loss.backward()
-        sums.update(metrics)
-        n_microbatches, n_empty = n_microbatches + 1, n_empty + (batch["n_documents"] == 0)
-        if not batch["ends_step"]:
-            continue
+    loader = SFTDataLoader(rows, np.arange(N_ROWS), N_ROWS, 1, accumulation, batch_size=BATCH, pad_id=2, packing=packing,
+                           microbatch_tokens=microbatch_tokens, rank=rank, world_size=world_size)
+    for first in range(0, N_ROWS, BATCH):
+        sums, n_microbatches, n_empty = {}, 0, 0
+        for batch in loader.microbatches(first):
+            calls.clear()
+            loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
+            loss.backward()
+            accumulate(sums, metrics)
+            n_microbatches, n_empty = n_microbatches + 1, n_empty + (batch["n_documents"] == 0)
         parameters = dict(model.named_parameters())
         results = {"norm": clip_gradients(model.parameters(), 1e9), "gradients": whole_gradients(parameters)}
         results |= {"norm again": clip_gradients(model.parameters(), MAX_NORM), "clipped": whole_gradients(parameters)}
@@ -152,30 +239,29 @@ def steps(model, calls, rows, rank, world_size, packing=True, accumulation=1, mi
         dist.all_reduce(counts, dist.ReduceOp.MAX)
         yield results | {"microbatches": counts.tolist(), "calls": dict(calls)}
         model.zero_grad()
-        sums, n_microbatches, n_empty = Counter(), 0, 0
 
 
 def whole_gradients(parameters: dict) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.full_tensor().clone() for name, parameter in parameters.items()}
+    return whole({name: parameter.grad for name, parameter in parameters.items()})
 
 
 def facts(model, optimizer) -> dict[str, dict]:
     """{parameter: its whole value, Adam's whole state of it, and whether all of that is sharded fp32}"""
-    return {name: {"value": parameter.detach().full_tensor().clone(),
-                   "sharded": isinstance(parameter, DTensor) and parameter.placements[0].is_shard(),
+    own = dict(model.named_parameters())
+    tensors = {"value": own} | {key: {name: optimizer.state[parameter][key] for name, parameter in own.items()}
+                                for key in ("exp_avg", "exp_avg_sq")}
+    wholes = {key: whole(values) for key, values in tensors.items()}
+    return {name: {"sharded": isinstance(parameter, DTensor) and parameter.placements[0].is_shard(),
                    "trained": parameter.requires_grad,
-                   "dtypes": {str(tensor.dtype) for tensor in (parameter, optimizer.state[parameter]["exp_avg"],
-                                                               optimizer.state[parameter]["exp_avg_sq"])} == {"torch.float32"},
+                   "dtypes": {str(values[name].dtype) for values in tensors.values()} == {"torch.float32"},
                    "local": parameter.to_local().numel(),
-                   "step": float(optimizer.state[parameter]["step"]),
-                   "exp_avg": optimizer.state[parameter]["exp_avg"].full_tensor(),
-                   "exp_avg_sq": optimizer.state[parameter]["exp_avg_sq"].full_tensor()}
-            for name, parameter in model.named_parameters()}
+                   "step": float(optimizer.state[parameter]["step"]), **{key: values[name] for key, values in wholes.items()}}
+            for name, parameter in own.items()}
 
 
-def save_and_load(folder: Path, kind: str, rows, rank: int, world_size: int) -> tuple[dict, dict]:
+def save_and_load(folder: Path, tokenizer, kind: str, rows, rank: int, world_size: int) -> tuple[dict, dict]:
     """Trains a step and saves it; then a new model and optimizer take over what 2 ranks have saved, maybe elsewhere."""
-    model, optimizer, calls = start(folder, kind)
+    model, optimizer, calls = start(folder, tokenizer, kind)
     next(steps(model, calls, rows, rank, world_size))
     optimizer.step()
     saved = facts(model, optimizer)
@@ -190,10 +276,10 @@ def save_and_load(folder: Path, kind: str, rows, rank: int, world_size: int) -> 
     dist.barrier()
     save_checkpoint(target, model, optimizer, {"counter": 16}, note)
     assert (target / "checkpoint.json").exists()  # on every rank, once it returns
-    whole = folder / f"{world_size}-ranks-{kind}-whole"
-    write_gathered(model, lambda parts: save_model(whole, model, parts), limit=1000 if kind == "tied" else math.inf)
+    exported = folder / f"{world_size}-ranks-{kind}-whole"
+    write_gathered(model, lambda parts: save_model(exported, model, parts), limit=1000 if kind == "tied" else math.inf)
 
-    model, optimizer, _ = start(folder, kind, packing=False, resume=folder / f"2-ranks-{kind}/checkpoints/step-1")
+    model, optimizer, _ = start(folder, tokenizer, kind, packing=False, resume=folder / f"2-ranks-{kind}/checkpoints/step-1")
     return saved, facts(model, optimizer)
 
 
@@ -219,8 +305,8 @@ def naive_gradient(folder: Path, documents: list, dtype: torch.dtype = torch.flo
 
 @pytest.fixture(scope="module")
 def expected(folder) -> dict[str, list[dict]]:
-    """{kind, or untied in bf16: [of each step]}; which rows a step has is test_sft.py's to check."""
-    order, documents = np.random.default_rng([1, 0]).permutation(N_ROWS), make_documents()
+    """{kind, or untied in bf16: [of each step]}; which rows a step has is test_data.py's to check."""
+    order, documents = shuffled(np.arange(N_ROWS), N_ROWS, [1, 0]), make_documents()
     parts = [[documents[i] for i in order[:BATCH]], [documents[i] for i in order[BATCH:]]]
     bf16 = [naive_gradient(folder / "untied", part, torch.bfloat16) for part in parts]
     return {kind: [naive_gradient(folder / kind, part) for part in parts] for kind in ("untied", "tied")} | {"bf16": bf16}
@@ -281,6 +367,7 @@ def test_clipping_scales_the_gradients(results, expected, world, case):
         assert norm.item() == pytest.approx(MAX_NORM, rel=1e-4)  # torch adds 1e-6 to what it divides by
 
 
+@pytest.mark.slow
 def test_the_cases_differ_in_what_they_compute(results):
     for world in WORLD_SIZES:
         microbatches = {case: [step["microbatches"] for step in results[world][case]] for case in CASES}
@@ -297,6 +384,48 @@ def test_the_cases_differ_in_what_they_compute(results):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Failing together, and what is written meanwhile
+
+
+@worlds
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_one_rank_raises_all_raise(results, world, failure):
+    outcomes, text = results[world]["failing"], FAILURES[failure][1]
+    for rank in {0, world - 1}:
+        assert outcomes[failure, rank, ""] == [["ModelError", text]] * world
+        assert outcomes[failure, rank, "what is done"] == [["ModelError", f"what is done: {text}"]] * world
+
+
+@worlds
+def test_of_several_ranks_errors_the_first_is_raised_and_of_none_none(results, world):
+    assert results[world]["failing"]["all"] == [["ModelError", "of rank 0"]] * world
+    assert results[world]["failing"]["none"] == [None] * world
+
+
+def test_an_error_that_is_not_foreseen_is_not_disguised():
+    with process_of_one():
+        init_processes()
+        with pytest.raises(KeyError, match="^'a fault'$"), failing_together(ModelError, "what is done"):
+            raise KeyError("a fault")
+
+
+@worlds
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_folder_is_written_whole_or_not_at_all(results, world, case):
+    files, failing, when, text = WRITTEN[case]
+    errors, during, after = results[world]["written"][case]
+    before = {file: "as before" for file in files}
+    before |= {folder: None for file in files for folder in [str(Path(file).parent)] if folder != "."}
+    if failing is None:
+        new = {f"target/of-rank-{rank}": "new" for rank in range(world)} | {"target": None}
+        assert errors == [None] * world and after == new
+    else:
+        assert errors == [["CheckpointError", f"target: can't be written: {text}"]] * world
+        assert after == {path: text for path, text in before.items() if not path.startswith("target.partial") or when == "making"}
+    assert during == {Path(file).name: text for file, text in before.items() if file.startswith("target/")}  # as long as it takes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sharding
 
 
@@ -304,6 +433,33 @@ def test_the_cases_differ_in_what_they_compute(results):
 def test_every_process_knows_its_place_and_means_go_over_all(results, world):
     assert results[world]["process"] == [0, world, "cpu"]
     assert results[world]["means"] == {"a": sum(range(world)) / world, "b": float("1" * world) / (0.5 * world)}
+
+
+ENDING = """
+import atexit, os
+
+
+class Global:
+    def __del__(self, write=os.write):
+        write(2, b"<torn down>")
+
+
+kept = Global()
+atexit.register(os.write, 2, b"<handlers ran>")  # the first to be registered is the last to run
+from fsdp_utils import end_process, init_processes
+
+if not os.fork():
+    end_process("an error")
+print("code", os.waitstatus_to_exitcode(os.wait()[1]))
+init_processes()
+end_process()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_without_tearing_python_down():
+    done = run_script("-c", ENDING, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "code 1\n", "an error\n<handlers ran><handlers ran>")
 
 
 @worlds
@@ -348,7 +504,7 @@ def test_blocks_are_neither_experts_nor_a_smaller_list():
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))])
 def test_a_model_without_a_list_of_blocks_is_an_error_that_names_it(model):
-    with pytest.raises(ShardingError, match=f"^{type(model).__name__}: no list of blocks"):
+    with pytest.raises(ModelError, match=f"^{type(model).__name__}: no list of blocks"):
         find_blocks(model)
 
 
@@ -419,70 +575,3 @@ def test_any_number_of_ranks_goes_on_from_a_checkpoint_of_two(results, world, ki
         for key in ("value", "exp_avg", "exp_avg_sq"):
             assert torch.equal(loaded[name][key], entry[key]), (name, key)
         assert loaded[name]["step"] == 1 and loaded[name]["sharded"] and loaded[name]["dtypes"]
-
-
-@pytest.fixture
-def saved(folder, results, tmp_path):
-    """A copy of a checkpoint of two ranks, as the last but one of two."""
-    for step in (8, 10):
-        shutil.copytree(folder / "2-ranks-untied/checkpoints/step-1", tmp_path / f"checkpoints/step-{step}")
-    with process_of_one():
-        init_processes()
-        yield tmp_path
-
-
-def flip(file: Path, place: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1
-    file.write_bytes(content)
-
-
-FILES = ["checkpoint.json", "2-ranks-untied.json", *(f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))]
-DAMAGES = {"a bit": lambda file: flip(file, file.stat().st_size // 2), "the last bit": lambda file: flip(file, -2),
-           "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]), "longer": lambda file: file.open("a").write("0"),
-           "empty": lambda file: file.write_bytes(b""), "gone": lambda file: file.unlink(),
-           "a folder": lambda file: (file.unlink(), file.mkdir())}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, file, damage):
-    DAMAGES[damage](saved / "checkpoints/step-10" / file)
-    warnings = []
-    found, state = find_checkpoint(list_checkpoints(saved), warnings.append)
-    assert found == saved / "checkpoints/step-8" and state["counter"] == 16
-    (warning,) = warnings
-    assert str(saved / "checkpoints/step-10") in warning and file in warning
-
-
-def test_of_whole_checkpoints_the_one_with_the_most_steps_is_found(saved):
-    for name in ("step-12.partial", "step-12.old"):
-        shutil.copytree(saved / "checkpoints/step-10", saved / "checkpoints" / name)
-    found, _ = find_checkpoint(list_checkpoints(saved), pytest.fail)
-    assert found.name == "step-10"
-    shutil.copytree(saved / "checkpoints/step-10", saved / "FINAL/checkpoint")
-    shutil.rmtree(saved / "checkpoints")
-    assert find_checkpoint(list_checkpoints(saved), pytest.fail)[0] == saved / "FINAL/checkpoint"
-    assert find_checkpoint(list_checkpoints(saved / "FINAL"), pytest.fail)[0] == saved / "FINAL/checkpoint"
-    assert find_checkpoint(list_checkpoints(saved / "FINAL/checkpoint"), pytest.fail)[0] == saved / "FINAL/checkpoint"
-    (saved / "FINAL/checkpoint/checkpoint.json").unlink()
-    assert list_checkpoints(saved) == [] and find_checkpoint([], pytest.fail) is None
-
-
-@pytest.mark.parametrize("keep_last, kept", [(1, {"step-8"}), (2, {"step-8", "step-10"}), (3, {"step-8", "step-9", "step-10"})])
-def test_pruning_keeps_the_newest_whatever_it_is_called(saved, keep_last, kept):
-    shutil.copytree(saved / "checkpoints/step-8", saved / "checkpoints/step-9")
-    shutil.copytree(saved / "checkpoints/step-8", saved / "checkpoints/step-11.partial")
-    (saved / "checkpoints/step-11.partial/checkpoint.json").unlink()
-    prune_checkpoints(saved / "checkpoints/step-8", keep_last)
-    assert {path.name for path in (saved / "checkpoints").iterdir()} == kept
-
-
-def test_a_checkpoint_of_another_model_is_refused(saved, folder):
-    model, optimizer, _ = start(folder, "tied")
-    with pytest.raises(CheckpointError, match="step-8: does not fit the model"):
-        load_checkpoint(saved / "checkpoints/step-8", model, optimizer)
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

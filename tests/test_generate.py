@@ -2,26 +2,27 @@
 
 import itertools
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import peft
 import pytest
 import torch
-from conftest import ROOT, write_model
+from conftest import ROOT, run_script, write_model
+from forked import run_file, run_forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import ChatEncoder
-from generate import to_text
-from model_utils import add_lora, load_model, load_tokenizer, save_adapter
+from chat import ChatEncoder
+from lora import add_lora, save_adapter
+from model_utils import load_model, load_tokenizer
 
 SCRIPT = str(ROOT / "generate.py")
 QUESTIONS = ["add 2 and 3", "reverse ABCDEFG", "sort 52431", "last letter of HELLOWORLD", "day after 3 may",
              "double each letter of Q"]
 LENGTH = 24  # tokens of an answer at most
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_the_template_s_empty_thought_is_no_part_of_an_answer(world):
     encoder = ChatEncoder(tokenizer, 128, 64)
     assert encoder.lead == "0\n\n"
     for text, shown in (("0\n\nABC", "ABC"), ("ABC", "ABC"), ("0", ""), ("A0", "A0")):
-        assert to_text(encoder, encoder.ids(text)) == shown
+        assert encoder.answer_text(encoder.ids(text)) == shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def write_adapter(world: Path, folder: Path, kind: str) -> None:
         tokenizer = load_tokenizer(base, str(world))
         model = load_model(base, None, tokenizer, None, str(world))
         torch.manual_seed(4)
-        add_lora(model, 4, 8.0, 0.0, "all-linear", rslora=True)
+        add_lora(model, 4, 8.0, 0.0, "all-linear", use_rslora=True)
     else:
         torch.manual_seed(4)
         model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
@@ -298,12 +299,19 @@ def test_a_folder_with_weights_and_an_adapter_is_a_model(world, tmp_path):
 # The chat
 
 
-def chat(folder: Path, typed: bytes, *options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, str(folder), *map(str, options)], input=typed, capture_output=True,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=120)
+def run_typed(argv: list, file: Path) -> None:
+    sys.stdin = open(file)
+    run_file(argv)
 
 
-def test_a_chat_answers_line_by_line_until_an_empty_one(world):
+def chat(folder: Path, tmp_path: Path, typed: bytes, *options) -> CompletedProcess:
+    """The script in a process of its own, on what is typed."""
+    (tmp_path / "typed").write_bytes(typed)
+    return run_forked(0, run_typed, [SCRIPT, folder, *options], tmp_path / "typed")
+
+
+@slow
+def test_a_chat_answers_line_by_line_until_an_empty_one(world, tmp_path):
     beginning = [{"role": "system", "content": "BE"}]
     messages, expected = beginning, []
     for question in (*QUESTIONS[:2], "/reset", QUESTIONS[1]):
@@ -314,16 +322,17 @@ def test_a_chat_answers_line_by_line_until_an_empty_one(world):
         messages = [*messages, *user(question), {"role": "assistant", "content": expected[-1]}]
     assert expected[1] != expected[2]
     typed = "\n".join([*QUESTIONS[:2], "A" * 300, "/reset", QUESTIONS[1], "", "not asked"]).encode()
-    done = chat(world / "model", typed, "--system", "BE", "--max-new-tokens", LENGTH)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().split() == "\n".join(expected).split()
-    [refused] = [line for line in done.stderr.decode().splitlines() if "begins a new one" in line]
+    done = chat(world / "model", tmp_path, typed, "--system", "BE", "--max-new-tokens", LENGTH)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == "\n".join(expected).split()
+    [refused] = [line for line in done.stderr.splitlines() if "begins a new one" in line]
     assert refused.startswith("this chat: the prompt's ") and "are more than the 128 that the model takes" in refused
 
 
-def test_a_chat_ends_with_its_input(world):
-    done = chat(world / "model", b"sort 21\nsort \xff", "--max-new-tokens", 3, "--temperature", 1)
-    assert done.returncode == 0 and done.stdout.count(b"\n") >= 2, done.stderr.decode()
+@slow
+def test_a_chat_ends_with_its_input(world, tmp_path):
+    done = chat(world / "model", tmp_path, b"sort 21\nsort \xff", "--max-new-tokens", 3, "--temperature", 1)
+    assert done.returncode == 0 and done.stdout.count("\n") >= 2, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,9 +395,13 @@ def test_an_error_is_one_line(world, tmp_path, name):
     assert "\n" not in text
 
 
-def test_an_error_s_exit_code_is_1_and_help_needs_no_model(world):
-    done = chat(world / "none", b"")
-    assert done.returncode == 1 and done.stdout == b"" and done.stderr.count(b"generate.py: ") == 1
-    assert done.stderr.splitlines()[-1].startswith(b"generate.py: ")
-    done = chat("--help", b"")
-    assert done.returncode == 0 and b"--max-new-tokens" in done.stdout
+@slow
+def test_an_error_s_exit_code_is_1_and_it_is_all_that_is_printed(world, tmp_path):
+    done = chat(world / "none", tmp_path, b"")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"generate.py: {world}/none: no tokenizer can be loaded: ")
+
+
+def test_help_needs_no_model():
+    done = run_script(SCRIPT, "--help")
+    assert done.returncode == 0 and "--max-new-tokens" in done.stdout and done.stderr == ""

@@ -1,7 +1,7 @@
 """LoRA: every number and file against the peft package, naive losses, one process against two.
 
 Under torchrun this file is also the worker of its sharded tests:
-    torchrun --nproc_per_node=2 tests/test_lora.py FOLDER    # trains each of JOBS
+    torchrun --nproc_per_node=2 tests/test_lora.py FOLDER    # trains each of JOBS, and RUNS by sft.py
 """
 
 import json
@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run_well
+from conftest import run_well
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,24 +28,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from configs.base import Config
-from data import IGNORE, ChatEncoder, SFTDataLoader, collate_packed, collate_padded, tokenise
-from fsdp_utils import clip_gradients, init_processes, save_checkpoint, shard_model, write_gathered
+import sft
+from chat import ChatEncoder, list_files
+from checkpoint import save_checkpoint, save_model, write_gathered
+from configs.base import load_config
+from data import IGNORE, SFTDataLoader, collate_packed, collate_padded, tokenise
+from fsdp_utils import ModelError, clip_gradients, end_process, init_processes, make_mesh, shard_model
+from logps import target_logps
+from lora import LoRALinear, add_lora, draw_kept, load_adapter, merge_in_place, merge_lora, save_adapter
 from make_tiny import make_rows, train_tokenizer
-from model_utils import (
-    LoRALinear,
-    ModelError,
-    add_lora,
-    draw_kept,
-    enable_packing,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    merge_lora,
-    save_adapter,
-    save_model,
-    target_logps,
-)
+from model_utils import enable_packing, load_model, load_tokenizer
 from sft import get_batch_metrics, make_optimizer
 
 VOCABULARY = 128
@@ -54,7 +46,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
          "eos_token_id": 2}
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "phi", "phi3", "olmo2", "mixtral"]
 R, ALPHA = 4, 10.0
-ALL_LINEAR = {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": "all-linear"}
+ALL_LINEAR = {"lora_r": R, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": "all-linear"}
 PEFT_ALL_LINEAR = {"r": R, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -143,7 +135,7 @@ def make_documents(n: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def our_loss(model, rows, collate=collate_packed) -> torch.Tensor:
-    batch = collate(rows, 0) | {"n_documents": len(rows)}
+    batch = collate(rows, 0) | {"n_documents": len(rows), "global_token_count": sum(len(ids) for ids, _ in rows)}
     return get_batch_metrics(model, batch, "train", len(batch["target_positions"]))[0]
 
 
@@ -158,11 +150,10 @@ def naive_loss(model, rows) -> torch.Tensor:
     return total / count
 
 
-def naive_training(model, trained: dict[str, nn.Parameter], batches: list[list], config: Config, max_norm: float,
+def naive_training(model, trained: dict[str, nn.Parameter], batches: list[list], max_norm: float,
                    learning_rates: list[float]) -> list[dict]:
     """A plain loop over PEFT's model in one process."""
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
-                                  weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(trained.values(), **ADAMW)
     steps = []
     for rows, lr in zip(batches, learning_rates, strict=True):
         optimizer.param_groups[0]["lr"] = lr
@@ -184,6 +175,7 @@ LOGITS = 2e-6  # what fp32's rounding makes of a forward through two layers, as 
 GRADIENT = 5e-6  # and of a gradient
 STEP = 1e-3  # the learning rate, so about what a step of AdamW moves each weight by
 STEPS = 2e-3  # of which a few steps may be off by this part: 2e-6
+ADAMW = {"lr": STEP, "betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0.05}
 
 
 def close(actual, expected, tolerance: float = LOGITS, of: float | None = None) -> None:
@@ -222,17 +214,17 @@ def load_peft(base, folder: Path, **options):
     ("llama", {}, torch.float32), ("qwen2", {"tie_word_embeddings": True}, torch.float32), ("gpt_neox", {}, torch.float32),
     ("gpt_neox", {}, torch.float64)])  # which hides nothing behind its rounding
 def test_forward_loss_gradients_and_five_steps_are_pefts(kind, base, dtype, rslora):
-    model = make_lora(kind, base=base, rslora=rslora).to(dtype)
+    model = make_lora(kind, base=base, use_rslora=rslora).to(dtype)
     twin = make_twin(model, make_base(kind, **base), use_rslora=rslora).to(dtype)
     exact = dtype == torch.float64
     close(logits_of(model), logits_of(twin), 1e-14 if exact else LOGITS)
     assert (logits_of(model) - logits_of(make_base(kind, **base))).abs().max() > 0.1
 
-    config, rows, (own, its) = Config(lr=STEP), make_documents(), (adapters(model), adapters(twin))
-    assert enable_packing(model, torch.device("cpu")) == ""
-    optimizer = make_optimizer(model, config)
+    rows, (own, its) = make_documents(), (adapters(model), adapters(twin))
+    assert enable_packing(model, torch.device("cpu"))
+    optimizer = make_optimizer(model, **ADAMW)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(own)
-    steps = naive_training(twin, its, [rows] * 5, config, 0.5, [config.lr] * 5)
+    steps = naive_training(twin, its, [rows] * 5, 0.5, [STEP] * 5)
     start = values(own)
     for step in steps:
         loss = our_loss(model, rows)
@@ -251,7 +243,7 @@ def test_forward_loss_gradients_and_five_steps_are_pefts(kind, base, dtype, rslo
 @pytest.mark.parametrize("training", [False, True])
 def test_a_fresh_adapter_changes_nothing(kind, training):
     base, model = make_base(kind), make_base(kind)
-    add_lora(model, **ALL_LINEAR | {"dropout": 0.5})
+    add_lora(model, **ALL_LINEAR | {"lora_dropout": 0.5})
     b = {name: parameter for name, parameter in adapters(model).items() if ".lora_B." in name}
     assert b and all((parameter == 0).all() for parameter in b.values())
     ids = torch.arange(VOCABULARY)[None]
@@ -261,7 +253,7 @@ def test_a_fresh_adapter_changes_nothing(kind, training):
 def test_a_starts_as_pefts():
     base = {"hidden_size": 64, "intermediate_size": 192}
     torch.manual_seed(5)
-    own, its = make_lora(base=base, r=64), make_peft(make_base(**base), r=64)
+    own, its = make_lora(base=base, lora_r=64), make_peft(make_base(**base), r=64)
     for name, a in adapters(own).items():
         if ".lora_A." not in name:
             continue
@@ -285,7 +277,7 @@ class SameDropout(nn.Dropout):
 
 
 def test_dropout_is_pefts():
-    model = make_lora(dropout=0.3)
+    model = make_lora(lora_dropout=0.3)
     twin, ids = make_twin(model, make_base(), lora_dropout=0.3), torch.arange(VOCABULARY)[None]
     for module in twin.modules():
         if type(module) is nn.Dropout and module.p:
@@ -323,7 +315,7 @@ def test_dropout_has_the_shape_of_what_it_drops(shape):
 
 
 def test_no_dropout_in_eval():
-    model, plain = make_lora(dropout=0.3), make_lora()
+    model, plain = make_lora(lora_dropout=0.3), make_lora()
     equal(logits_of(model), logits_of(model))
     equal(logits_of(model), logits_of(plain))
 
@@ -331,7 +323,7 @@ def test_no_dropout_in_eval():
 def test_activation_checkpointing_draws_the_same_dropout_again():
     rows, grads = make_documents(), []
     for checkpointing in (False, True):
-        model = make_lora(dropout=0.3).train()
+        model = make_lora(lora_dropout=0.3).train()
         if checkpointing:
             for block in model.model.layers:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -438,7 +430,7 @@ def test_gpt2_is_refused_for_its_conv1d(targets):
     ("llama", ["layers.0.self_attn.q_proj", "down_proj"]), ("mixtral", ["q_proj", "model.layers.1.self_attn.k_proj"])])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_loads_ours(tmp_path, kind, targets, rslora):
-    model = make_lora(kind, target_modules=targets, rslora=rslora, dropout=0.25)
+    model = make_lora(kind, target_modules=targets, use_rslora=rslora, lora_dropout=0.25)
     save_adapter(tmp_path / "ours", model, model.state_dict())
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -457,7 +449,7 @@ def test_peft_loads_ours(tmp_path, kind, targets, rslora):
     assert (config.task_type, config.modules_to_save, config.use_dora) == ("CAUSAL_LM", None, False)
     config.save_pretrained(tmp_path / "ours")  # over ours, as PEFT writes it
     again = make_base(kind)
-    load_adapter(str(tmp_path / "ours"), again, 0.0)
+    load_adapter(again, str(tmp_path / "ours"), 0.0)
     equal(logits_of(again), logits_of(model))
 
 
@@ -472,7 +464,7 @@ def test_ours_loads_pefts(tmp_path, kind, changes):
     disturb(adapters(theirs))
     theirs.save_pretrained(tmp_path / "theirs")
     model = make_base(kind)
-    load_adapter(str(tmp_path / "theirs"), model, 0.0)
+    load_adapter(model, str(tmp_path / "theirs"), 0.0)
     close(logits_of(model), logits_of(theirs))
     assert adapted(model) == adapted(theirs)
     equal(values(adapters(model)), values(adapters(theirs)))
@@ -488,7 +480,7 @@ def test_a_loaded_adapter_takes_the_dropout_it_is_given(tmp_path):
     theirs = make_peft(make_base(), lora_dropout=0.5)
     theirs.save_pretrained(tmp_path)
     model = make_base()
-    load_adapter(str(tmp_path), model, 0.125)
+    load_adapter(model, str(tmp_path), 0.125)
     assert {module.dropout.p for module in model.modules() if isinstance(module, LoRALinear)} == {0.125}
     assert model.lora_config["lora_dropout"] == 0.125
 
@@ -496,7 +488,7 @@ def test_a_loaded_adapter_takes_the_dropout_it_is_given(tmp_path):
 def test_our_own_adapter_comes_back_as_it_was(tmp_path):
     model, again = make_lora(), make_base()
     save_adapter(tmp_path / "one", model, model.state_dict())
-    load_adapter(str(tmp_path / "one"), again, 0.0)
+    load_adapter(again, str(tmp_path / "one"), 0.0)
     save_adapter(tmp_path / "two", again, again.state_dict())
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -573,10 +565,10 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_line(tmp_path, misfit):
     model = make_lora()
     folder = tmp_path / "adapter"
     save_adapter(folder, model, model.state_dict())
-    load_adapter(str(folder), make_base(), 0.0)  # as it is, it fits
+    load_adapter(make_base(), str(folder), 0.0)  # as it is, it fits
     MISFITS[misfit](folder)
     with pytest.raises(ModelError) as error:
-        load_adapter(str(folder), make_base("qwen2" if misfit == "bias all" else "llama"), 0.0)
+        load_adapter(make_base("qwen2" if misfit == "bias all" else "llama"), str(folder), 0.0)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -588,7 +580,7 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_line(tmp_path, misfit):
                                         ("phi", {}), ("gemma2", {}), ("mixtral", {})])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merged_is_base_and_adapter(tmp_path, kind, base, rslora):
-    model, plain = make_lora(kind, base=base, rslora=rslora), make_base(kind, **base)
+    model, plain = make_lora(kind, base=base, use_rslora=rslora), make_base(kind, **base)
     before = values(model.state_dict())
     merged = merge_lora(model, model.state_dict())
     equal(values(model.state_dict()), before)  # the model itself is left as it was
@@ -609,6 +601,18 @@ def test_merged_is_base_and_adapter(tmp_path, kind, base, rslora):
     assert (head is embeddings) == tied
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert len([name for name in file.keys() if tuple(file.get_slice(name).get_shape()) == tuple(head.shape)]) == 2 - tied
+
+
+@pytest.mark.parametrize("kind, base", [("llama", {}), ("qwen2", {"tie_word_embeddings": True})])
+def test_merged_in_place_a_model_needs_its_adapter_no_more(kind, base):
+    model = make_lora(kind, base=base)
+    expected, merged = logits_of(model), merge_lora(model, model.state_dict())
+    merge_in_place(model)
+    close(logits_of(model), expected, 1e-5)
+    equal({name: model.state_dict()[name] for name in merged}, merged)
+    alone = logits_of(model)
+    disturb(adapters(model))
+    equal(logits_of(model), alone)
 
 
 def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(capsys):
@@ -711,7 +715,7 @@ def test_new_tokens_train_embeddings_and_head_whole(tmp_path, world, kind):
     close(logits_of(load_peft(resized_for_peft(world, kind), tmp_path / "adapter"), vocabulary), expected)
 
     again = load_new(world, kind)
-    load_adapter(str(tmp_path / "adapter"), again, 0.0, again.has_new_tokens)
+    load_adapter(again, str(tmp_path / "adapter"), 0.0, again.has_new_tokens)
     equal(values(again.state_dict()), values(model.state_dict()))
     assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trained.keys()
 
@@ -730,7 +734,7 @@ def test_new_tokens_of_pefts_load_here(tmp_path, world, kind, embeddings):
     disturb({name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad}, "")
     theirs.save_pretrained(tmp_path, save_embedding_layers=embeddings)
     model = load_new(world, kind)
-    load_adapter(str(tmp_path), model, 0.0, model.has_new_tokens)
+    load_adapter(model, str(tmp_path), 0.0, model.has_new_tokens)
     vocabulary = model.get_input_embeddings().num_embeddings
     close(logits_of(model, vocabulary), logits_of(theirs, vocabulary))
 
@@ -741,7 +745,7 @@ def test_a_head_that_peft_trained_apart_from_the_embeddings_is_refused(tmp_path,
     disturb(dict(theirs.named_parameters()), "lm_head.modules_to_save")
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ModelError, match=re.escape(str(tmp_path))):
-        load_adapter(str(tmp_path), load_new(world, "tied"), 0.0, True)
+        load_adapter(load_new(world, "tied"), str(tmp_path), 0.0, True)
 
 
 def test_an_adapter_with_embeddings_needs_their_size(tmp_path, world):
@@ -749,15 +753,14 @@ def test_an_adapter_with_embeddings_needs_their_size(tmp_path, world):
         tmp_path, save_embedding_layers=False)
     smaller = AutoModelForCausalLM.from_pretrained(world / "new" / "llama")
     with pytest.raises(ModelError, match=re.escape(str(tmp_path))):
-        load_adapter(str(tmp_path), smaller, 0.0)
+        load_adapter(smaller, str(tmp_path), 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Two processes against PEFT in one
 
 
-N_STEPS, BATCH_SIZE = 3, 8
-TRAINING = {"lr": STEP, "weight_decay": 0.05}
+N_STEPS, BATCH_SIZE, SEED = 3, 8, 1
 JOBS = {  # base, adapter (B zero, or not), and how it is trained
     "plain": {"base": "full/llama", "fresh": True},
     "checkpointed": {"base": "full/llama", "fresh": True, "checkpointing": True},
@@ -767,44 +770,49 @@ JOBS = {  # base, adapter (B zero, or not), and how it is trained
     "bf16": {"base": "full/llama", "fresh": True, "dtype": "bfloat16"},
     "bf16 new tokens": {"base": "new/tied", "fresh": False, "dtype": "bfloat16", "checkpointing": True},
 }
+RUNS = {  # and what sft.py is told of each, beside what all have: 4 steps of full/llama, a checkpoint after each second one
+    "whole": "model.use_peft=true", "continued": "model.load_lora_from={}/of rank 3",
+    "resumed": "model.from_checkpoint={}/runs/whole/checkpoints/step-2",
+}
 
 
 def worker(folder: Path) -> None:
-    """Trains each job of JOBS as sft.main does, writes what came out to FOLDER/JOB/."""
+    """Trains each job of JOBS as sft.main does, writes what came out to FOLDER/JOB/; and each of RUNS, to FOLDER/runs/RUN/."""
     rank, world_size, device = init_processes()
     tokenizer = load_tokenizer(str(folder), str(folder))
     encoder = ChatEncoder(tokenizer, 64, 32)
-    rows = tokenise([str(folder / "train.jsonl")], encoder, str(folder))
+    rows = tokenise(list_files([str(folder / "train.jsonl")]), encoder, str(folder))
     for name, job in JOBS.items():
         dtype = getattr(torch, job.get("dtype", "float32"))
         model = load_model(str(folder / job["base"]), None, tokenizer, encoder.stop_id, str(folder), dtype)
-        load_adapter(str(folder / name / "start"), model, 0.0, model.has_new_tokens)
-        shard_model(model, device, "target_logps", dtype=dtype, recompute=job.get("checkpointing", False))
+        load_adapter(model, str(folder / name / "start"), 0.0, model.has_new_tokens)
+        shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=job.get("checkpointing", False))
         named = dict(model.named_parameters())  # before a forward, which leaves the root's parameters gathered
         kinds = {key: (isinstance(parameter, DTensor), str(parameter.dtype), parameter.requires_grad)
                  for key, parameter in named.items()}
         trained = {key: parameter for key, parameter in named.items() if parameter.requires_grad}
-        optimizer = make_optimizer(model, Config(**TRAINING))
+        optimizer = make_optimizer(model, **ADAMW)
         packing = job.get("packing", True)
-        assert not packing or enable_packing(model, device) == ""
-        loader = SFTDataLoader(rows, np.arange(len(rows)), BATCH_SIZE, N_STEPS * BATCH_SIZE, 1, tokenizer.pad_token_id, packing,
-                               64, accumulation=2, rank=rank, world_size=world_size)
-        steps, losses = [], 0.0
+        assert not packing or enable_packing(model, device)
+        loader = SFTDataLoader(rows, np.arange(len(rows)), N_STEPS * BATCH_SIZE, SEED, accumulation=2, batch_size=BATCH_SIZE,
+                               pad_id=tokenizer.pad_token_id, packing=packing, microbatch_tokens=64, rank=rank,
+                               world_size=world_size)
+        steps = []
         model.train()
-        for batch in loader:
-            loss, _ = get_batch_metrics(model, batch, "train", batch["global_target_count"])
-            loss.backward()
-            losses += loss.detach()
-            if batch["ends_step"]:
-                with_gradient = {key for key, parameter in named.items() if parameter.grad is not None}
-                grads = {key: parameter.grad.full_tensor() for key, parameter in trained.items()}
-                norm = clip_gradients(model.parameters(), 0.5)
-                optimizer.step()
-                optimizer.zero_grad()
-                after = {key: parameter.detach().full_tensor().clone() for key, parameter in trained.items()}
-                dist.all_reduce(losses)
-                steps.append({"loss": losses, "grads": grads, "norm": norm, "after": after, "with_gradient": with_gradient})
-                losses = 0.0
+        for first in range(0, N_STEPS * BATCH_SIZE, BATCH_SIZE):
+            losses = 0.0
+            for batch in loader.microbatches(first):
+                loss, _ = get_batch_metrics(model, batch, "train", batch["global_target_count"])
+                loss.backward()
+                losses += loss.detach()
+            with_gradient = {key for key, parameter in named.items() if parameter.grad is not None}
+            grads = {key: parameter.grad.full_tensor() for key, parameter in trained.items()}
+            norm = clip_gradients(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            after = {key: parameter.detach().full_tensor().clone() for key, parameter in trained.items()}
+            dist.all_reduce(losses)
+            steps.append({"loss": losses, "grads": grads, "norm": norm, "after": after, "with_gradient": with_gradient})
 
         def write_adapter(parts, target=folder / name / "adapter", model=model) -> None:
             (weights,) = parts
@@ -821,8 +829,20 @@ def worker(folder: Path) -> None:
         save_checkpoint(folder / name / "checkpoint", model, optimizer, {})
         if rank == 0:
             torch.save({"kinds": kinds, "steps": steps}, folder / name / "result.pt")
+
+    sft.init_processes = lambda timeout_minutes: (rank, world_size, device)  # these are running already
+    for name, option in RUNS.items():
+        sft.main(load_config(arguments(folder, name, option.format(folder)), world_size))
     dist.barrier()
-    dist.destroy_process_group()
+    end_process()
+
+
+def arguments(folder: Path, name: str, *options: str) -> list[str]:
+    return ["--config", str(folder / "config.py"), f"datasets=[{folder / 'train.jsonl'}]", f"exp_name={name}",
+            f"cache_dir={folder / 'runs'}", f"model.name_or_path={folder / 'full' / 'llama'}", "n_examples=32",
+            f"model.batch_size={BATCH_SIZE}", f"seed={SEED}", f"lr={STEP}", "weight_decay=0.05", "eval_every=16", "save_every=16",
+            "intermediate_checkpoints=true", "model.use_peft=true", "model.max_length=64", "model.max_prompt_length=32",
+            "model.peft.lora_r=4", "model.peft.lora_alpha=10", "model.peft.lora_dropout=0", *options]
 
 
 def peft_from(world: Path, base: str, adapter: Path, trainable: bool = False):
@@ -843,7 +863,12 @@ def trained(world) -> Path:
             disturb({key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}, "")
         (world / name).mkdir()
         save_adapter(world / name / "start", model, model.state_dict())
-    run_well(Path(__file__), world, n_processes=2, cwd=ROOT)
+    theirs = make_peft(AutoModelForCausalLM.from_pretrained(world / "full" / "llama"), r=3, lora_alpha=9,
+                       target_modules=["q_proj", "down_proj"])
+    disturb(adapters(theirs))
+    theirs.save_pretrained(world / "of rank 3")
+    (world / "config.py").write_text("from configs.base import Config\n\nconfig = Config()\n")
+    run_well(Path(__file__), world, n_processes=2)
     return world
 
 
@@ -851,16 +876,17 @@ def result(trained: Path, name: str) -> dict:
     return torch.load(trained / name / "result.pt", weights_only=True)
 
 
-def step_rows(world: Path, config: Config, n_steps: int) -> list[list]:
+def step_rows(world: Path, n_steps: int) -> list[list]:
     """The rows of each step of a run."""
     tokenizer = load_tokenizer(str(world), str(world))
-    rows = tokenise([str(world / "train.jsonl")], ChatEncoder(tokenizer, 64, 32), str(world))
-    loader = SFTDataLoader(rows, np.arange(len(rows)), BATCH_SIZE, n_steps * BATCH_SIZE, config.seed, 0, False, 64)
-    return [[rows[i] for i in loader.rows_at(k * BATCH_SIZE, (k + 1) * BATCH_SIZE)] for k in range(n_steps)]
+    rows = tokenise(list_files([str(world / "train.jsonl")]), ChatEncoder(tokenizer, 64, 32), str(world))
+    loader = SFTDataLoader(rows, np.arange(len(rows)), n_steps * BATCH_SIZE, SEED, batch_size=BATCH_SIZE, pad_id=0,
+                           packing=False, microbatch_tokens=64)
+    return [[rows[i] for i in loader.rows_of_step(k * BATCH_SIZE)] for k in range(n_steps)]
 
 
 def peft_training(world: Path, name: str) -> list[dict]:
-    base, config = JOBS[name]["base"], Config(**TRAINING)
+    base = JOBS[name]["base"]
     new = base.startswith("new/")
     model = make_peft(resized_for_peft(world, base[4:]) if new else AutoModelForCausalLM.from_pretrained(world / base))
     parameters = {key.removeprefix("base_model.model."): parameter for key, parameter in model.named_parameters()}
@@ -869,7 +895,7 @@ def peft_training(world: Path, name: str) -> list[dict]:
     with torch.no_grad():
         for key, parameter in trained.items():
             parameter.copy_(start[f"base_model.model.{key}"])
-    return naive_training(model, trained, step_rows(world, config, N_STEPS), config, 0.5, [config.lr] * N_STEPS)
+    return naive_training(model, trained, step_rows(world, N_STEPS), 0.5, [STEP] * N_STEPS)
 
 
 def trained_names(world: Path, name: str) -> set[str]:
@@ -881,6 +907,7 @@ def trained_names(world: Path, name: str) -> set[str]:
 FP32_JOBS = [name for name, job in JOBS.items() if "dtype" not in job]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FP32_JOBS)
 def test_two_processes_train_as_peft_in_one(trained, name):
     ours, theirs = result(trained, name)["steps"], peft_training(trained, name)
@@ -896,6 +923,7 @@ def test_two_processes_train_as_peft_in_one(trained, name):
         assert its["norm"] > 0.5  # so clipping counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "checkpointed", "bf16"])
 def test_every_b_leaves_zero_in_one_step(trained, name):
     assert JOBS[name]["fresh"]  # decay does not move a zero
@@ -907,12 +935,14 @@ def test_every_b_leaves_zero_in_one_step(trained, name):
         assert (tensor != 0).double().mean() > 0.99, key
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_gradient(trained):
     for plain, checkpointed in zip(result(trained, "plain")["steps"], result(trained, "checkpointed")["steps"], strict=True):
         for key in ("loss", "grads", "after"):
             equal(checkpointed[key], plain[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_the_base_is_left_as_it_was_to_the_bit(trained, name):
     base = JOBS[name]["base"]
@@ -929,6 +959,7 @@ def test_the_base_is_left_as_it_was_to_the_bit(trained, name):
     assert whole.keys() == expected.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_only_what_is_trained_has_gradients_and_optimizer_state(trained, name):
     kinds, steps, expected = *result(trained, name).values(), trained_names(trained, name)
@@ -942,6 +973,7 @@ def test_only_what_is_trained_has_gradients_and_optimizer_state(trained, name):
         assert {grad.dtype for grad in step["grads"].values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_a_checkpoint_holds_what_is_trained_and_its_adam_state_alone(trained, name):
     expected, dtypes = trained_names(trained, name), set()
@@ -954,6 +986,7 @@ def test_a_checkpoint_holds_what_is_trained_and_its_adam_state_alone(trained, na
     assert dtypes == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_the_adapter_is_gathered_alone(trained, name):
     folder = trained / name / "adapter"
@@ -966,6 +999,7 @@ def test_the_adapter_is_gathered_alone(trained, name):
     equal({key.removeprefix("base_model.model."): tensor for key, tensor in stored.items()}, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FP32_JOBS)
 def test_merged_from_shards_is_base_and_adapter_in_peft(trained, name):
     merged = AutoModelForCausalLM.from_pretrained(trained / name / "whole")
@@ -978,6 +1012,7 @@ def test_merged_from_shards_is_base_and_adapter_in_peft(trained, name):
     assert shapes.count(tuple(head.shape)) == (1 if head is merged.get_input_embeddings().weight else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "bf16 new tokens"])
 def test_a_bf16_base_trains_as_an_fp32_one_up_to_its_rounding(trained, name):
     for own, its in zip(result(trained, name)["steps"], peft_training(trained, name), strict=True):
@@ -990,25 +1025,12 @@ def test_a_bf16_base_trains_as_an_fp32_one_up_to_its_rounding(trained, name):
 # Whole runs of sft.py
 
 
-def run_sft(world: Path, name: str, *overrides: str) -> Path:
-    """Trains full/llama for 4 steps on 2 processes with a checkpoint after each second one; returns the run's folder."""
-    config = world / "config.py"
-    config.write_text("from configs.base import Config\n\nconfig = Config()\n")
-    run_well("sft.py", "--config", config, f"datasets=[{world / 'train.jsonl'}]", f"exp_name={name}",
-             f"cache_dir={world / 'runs'}", f"model.name_or_path={world / 'full' / 'llama'}", "n_examples=32",
-             f"model.batch_size={BATCH_SIZE}", f"lr={STEP}",
-             "weight_decay=0.05", "eval_every=16", "save_every=16", "intermediate_checkpoints=true", "model.use_peft=true",
-             "model.max_length=64",
-             "model.max_prompt_length=32", "model.peft.lora_r=4", "model.peft.lora_alpha=10", "model.peft.lora_dropout=0",
-             *overrides, n_processes=2, cwd=ROOT)
-    return world / "runs" / name
-
-
 @pytest.fixture(scope="module")
-def run(world) -> Path:
-    return run_sft(world, "whole")
+def run(trained) -> Path:
+    return trained / "runs" / "whole"
 
 
+@pytest.mark.slow
 def test_step_n_holds_the_adapter_and_no_weights(world, run):
     files = {str(path.relative_to(run / "step-2")) for path in (run / "step-2").rglob("*")}
     assert {"adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files
@@ -1019,6 +1041,7 @@ def test_step_n_holds_the_adapter_and_no_weights(world, run):
     assert all(re.fullmatch(r"base_model\.model\.model\.layers\.[01]\..*_proj\.lora_[AB]\.weight", key) for key in keys)
 
 
+@pytest.mark.slow
 def test_final_is_the_base_and_its_adapter_in_peft(world, run):
     final = AutoModelForCausalLM.from_pretrained(run / "FINAL")
     size = final.get_input_embeddings().num_embeddings
@@ -1029,9 +1052,12 @@ def test_final_is_the_base_and_its_adapter_in_peft(world, run):
     assert not [name for name in final.state_dict() if "lora" in name]
 
 
-def test_a_resumed_run_ends_in_the_same_bits(world, run):
-    resumed = run_sft(world, "resumed", f"model.from_checkpoint={run / 'checkpoints/step-2'}")
-    assert [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+@pytest.mark.slow
+def test_a_resumed_run_ends_in_the_same_bits(run):
+    resumed = run.with_name("resumed")
+    lines, whole = ((each / "metrics.jsonl").read_text().splitlines() for each in (resumed, run))
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[:2] == whole[:2]  # tokens a second and all: these steps were not trained again
     for name in ("adapter/adapter_model.safetensors", "model.safetensors"):
         assert (resumed / "FINAL" / name).read_bytes() == (run / "FINAL" / name).read_bytes(), name
     first = load_file(run / "step-2" / "adapter" / "adapter_model.safetensors")
@@ -1039,21 +1065,16 @@ def test_a_resumed_run_ends_in_the_same_bits(world, run):
     assert all((first[key] != last[key]).any() for key in last)
 
 
-def test_a_run_goes_on_from_pefts_adapter_as_peft_would(world):
-    theirs = make_peft(AutoModelForCausalLM.from_pretrained(world / "full" / "llama"), r=3, lora_alpha=9,
-                       target_modules=["q_proj", "down_proj"])
-    disturb(adapters(theirs))
-    theirs.save_pretrained(world / "of rank 3")
-    run = run_sft(world, "continued", f"model.load_lora_from={world / 'of rank 3'}")  # model.peft says 4, and all-linear
+@pytest.mark.slow
+def test_a_run_goes_on_from_pefts_adapter_as_peft_would(world, run):
+    run = run.with_name("continued")
     config = peft.PeftConfig.from_pretrained(run / "FINAL" / "adapter")
-    assert (config.r, config.lora_alpha, config.target_modules) == (3, 9, {"q_proj", "down_proj"})
+    assert (config.r, config.lora_alpha, config.target_modules) == (3, 9, {"q_proj", "down_proj"})  # not 4, and all-linear
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     model = peft_from(world, "full/llama", world / "of rank 3", trainable=True)
-    config = Config(**TRAINING)
-    steps = naive_training(model, adapters(model), step_rows(world, config, 4), config, config.model.max_grad_norm,
-                           [record["lr"] for record in records])
-    for record, step in zip(records, steps):
+    steps = naive_training(model, adapters(model), step_rows(world, 4), 1.0, [record["lr"] for record in records])
+    for record, step in zip(records, steps, strict=True):
         assert record["loss/train"] == pytest.approx(step["loss"].item(), abs=1e-6)
         assert record["grad_norm"] == pytest.approx(step["norm"].item(), rel=GRADIENT)
     stored = load_file(run / "FINAL" / "adapter" / "adapter_model.safetensors")

@@ -1,7 +1,7 @@
-"""The log-prob kernel, attention over packed documents, loading: against naive code in fp64, transformers, one process.
+"""The model as transformers has it: tokenizers, weights, packing, generation, against naive code, transformers, one process.
 
-Under torchrun this file is also the worker of its sharded tests:
-    torchrun --nproc_per_node=2 tests/test_model_utils.py FOLDER    # writes the gradients of each of JOBS
+Under torchrun this file is also the worker of its tests with two processes:
+    torchrun --nproc_per_node=2 tests/test_model_utils.py FOLDER    # writes FOLDER/JOB.pt and what each rank has answered
 """
 
 import functools
@@ -17,514 +17,36 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run_well, write_model
+from conftest import process_of_one, run_well, write_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, PreTrainedTokenizerFast
-
-import model_utils
-from data import IGNORE, ChatEncoder, collate_packed, collate_padded
-from fsdp_utils import init_processes, shard_model
-from model_utils import (
-    ModelError,
-    check_head,
-    document_attention,
-    enable_packing,
-    linear_logps,
-    load_model,
-    load_tokenizer,
-    target_logps,
+from test_logps import (
+    CPU,
+    KINDS,
+    SMALL,
+    assert_same,
+    expected_results,
+    in_a_batch,
+    make_documents,
+    make_model,
+    one_by_one,
+    results,
 )
-from sft import get_batch_logps
-
-CPU = torch.device("cpu")
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The log-prob kernel
-
-
-def naive_logps(hidden, weight, labels, bias=None, scale=1.0, softcap=None):
-    """The lines of linear_logps' docstring."""
-    logits = (hidden @ weight.T + (0 if bias is None else bias)) * scale
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-
-
-def make_problem(dtype, rows=50, vocabulary=97, width=16, size=1.0, ids=None, bias=False, device="cpu"):
-    """({"hidden", "weight" and perhaps "bias"}, labels); logits are about sqrt(width) * size large."""
-    generator = torch.Generator().manual_seed(rows)
-    shapes = {"hidden": (rows, width), "weight": (vocabulary, width)} | ({"bias": (vocabulary,)} if bias else {})
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    tensors["hidden"] *= size
-    ids = torch.tensor(ids or range(vocabulary))
-    labels = ids[torch.randint(len(ids), (rows,), generator=generator)]
-    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}, labels.to(device)
-
-
-def outcome(logps_of, tensors, labels, trained, upstream, **options) -> dict[str, torch.Tensor]:
-    """The logps and the gradients of those trained; `upstream` is a number, c * logps.sum(), or a weight for each token."""
-    leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in tensors.items()}
-    logps = logps_of(leaves["hidden"], leaves["weight"], labels, leaves.get("bias"), **options)
-    assert logps.requires_grad == any(leaf.requires_grad for leaf in leaves.values())
-    if logps.requires_grad:
-        (upstream * logps.sum() if isinstance(upstream, float) else (upstream.to(logps.dtype) * logps).sum()).backward()
-    return {"logps": logps.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-
-# Roundings of a result that are allowed beside 1.5 times the naive error, which is 0 where the naive lines were lucky, and in
-# fp64 always: they are the reference. There huge logits and a softcap, 1 - tanh², lose five digits.
-ROUNDINGS = {torch.float64: 1e5, torch.float32: 2, torch.bfloat16: 0.5}
-
-
-def assert_as_exact_as_naive(tensors, labels, trained, upstream, options, **of_the_kernel) -> None:
-    """The kernel's error in the logps and in each gradient is no greater than the naive lines' own in that dtype."""
-    in_fp64 = {name: tensor.double() for name, tensor in tensors.items()}
-    exact = outcome(naive_logps, in_fp64, labels, trained, upstream, **options)
-    naive = outcome(naive_logps, tensors, labels, trained, upstream, **options)
-    kernel = outcome(linear_logps, tensors, labels, trained, upstream, **options, **of_the_kernel)
-    assert kernel.keys() == naive.keys()
-    for name, result in kernel.items():
-        assert (result.dtype, result.shape) == (naive[name].dtype, naive[name].shape)
-        error, naive_error = ((each[name].double() - exact[name]).norm().item() for each in (kernel, naive))
-        rounding = torch.finfo(result.dtype).eps * exact[name].norm().item()
-        assert error <= 1.5 * naive_error + ROUNDINGS[result.dtype] * rounding, name  # which no NaN is
-
-
-HEADS = {"plain": {}, "bias": {"bias": True}, "scale": {"scale": 0.3}, "softcap": {"softcap": 2.0},
-         "all": {"bias": True, "scale": 3.0, "softcap": 5.0}}
-PROBLEMS = {"uneven chunks": {}, "whole chunks": {"rows": 49}, "less than a chunk": {"rows": 5}, "one token": {"rows": 1},
-            "no token": {"rows": 0}, "one label": {"ids": [3]}, "first and last ids": {"ids": [0, 96]},
-            "huge logits": {"size": 1e4}, "tiny logits": {"size": 1e-4},
-            "many chunks": {"rows": 700, "ids": [3], "size": 0.1}}  # whose sum in bf16 would stand out
-PER_TOKEN, UNIFORM = False, True
-EVERYTHING = ("hidden", "weight", "bias")
-MODES = [(EVERYTHING, UNIFORM), (EVERYTHING, PER_TOKEN), (("hidden",), PER_TOKEN), (("hidden",), UNIFORM),
-         (("weight", "bias"), UNIFORM), (("weight", "bias"), PER_TOKEN), (("bias",), PER_TOKEN), ((), UNIFORM), ((), PER_TOKEN)]
-modes = pytest.mark.parametrize("trained, uniform", MODES, ids=lambda mode: {True: "uniform", False: "per token"}.get(mode)
-                                if isinstance(mode, bool) else " ".join(mode) or "nothing")
-
-
-def upstream_of(labels, uniform) -> float | torch.Tensor:
-    return -1 / 77 if uniform else -0.5 - torch.rand(len(labels), generator=torch.Generator().manual_seed(9)).to(labels.device)
-
-
-@pytest.fixture
-def chunks_of_7(monkeypatch):
-    monkeypatch.setattr(model_utils, "chunk_rows", lambda hidden, vocabulary: 7)
-
-
-@modes
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_is_as_exact_as_the_naive_lines(chunks_of_7, dtype, problem, trained, uniform):
-    for head in HEADS.values():
-        options = dict(head)
-        tensors, labels = make_problem(dtype, bias=options.pop("bias", False), **PROBLEMS[problem])
-        assert_as_exact_as_naive(tensors, labels, trained, upstream_of(labels, uniform), options, uniform=uniform)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("uniform", [True, False])
-def test_kernel_in_chunks_of_its_own_size(dtype, uniform):
-    tensors, labels = make_problem(dtype, rows=600, vocabulary=40_000, width=8)
-    assert 256 <= model_utils.chunk_rows(tensors["hidden"], 40_000) < 600
-    assert_as_exact_as_naive(tensors, labels, EVERYTHING, upstream_of(labels, uniform), {}, uniform=uniform)
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("uniform", [True, False])
-def test_kernel_as_it_is_written_for_the_compiler(chunks_of_7, dtype, head, uniform):
-    options = dict(HEADS[head])
-    tensors, labels = make_problem(dtype, bias=options.pop("bias", False))
-    with torch.compiler.set_stance("force_eager"):  # the same lines, uncompiled: that takes no C++ compiler and no minute
-        assert_as_exact_as_naive(tensors, labels, EVERYTHING, upstream_of(labels, uniform), options, uniform=uniform, fuse=True)
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("wanted", [True, False])
-def test_kernel_takes_logits_by_rows_and_by_columns(head, wanted):
-    options = {"scale": 1.0, "softcap": None, "bias": None} | HEADS[head]
-    options["bias"] = torch.randn(97).double() if options["bias"] else None
-    logits, labels = 3 * torch.randn(11, 97).double(), torch.randint(97, (11, 1))
-    expected = model_utils.differentiate_functionally(logits, label=labels, g=None, wanted=wanted, **options)
-    assert (expected[1] is not None) == wanted
-    for z in (logits.clone(), logits.T.contiguous().T):
-        logps, minus_dz = model_utils.differentiate_in_place(z, label=labels, g=None, wanted=wanted, **options)
-        torch.testing.assert_close(logps, expected[0], rtol=1e-12, atol=1e-14)
-        if wanted:
-            torch.testing.assert_close(minus_dz, expected[1], rtol=1e-12, atol=1e-14)
-            assert minus_dz.data_ptr() == z.data_ptr()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("fuse", [False, True])
-def test_kernel_on_a_gpu(fuse):
-    """Each entry of the weight's gradient is a sum over 8192 rows, several chunks of them: in bf16 that would not be exact."""
-    for head, uniform in itertools.product(HEADS.values(), [True, False]):
-        options = dict(head)
-        tensors, labels = make_problem(torch.bfloat16, 8192, 32_000, 64, 0.3, bias=options.pop("bias", False), device="cuda")
-        assert model_utils.chunk_rows(tensors["hidden"], 32_000) < 8192
-        assert_as_exact_as_naive(tensors, labels, EVERYTHING, upstream_of(labels, uniform), options, uniform=uniform, fuse=fuse)
-
-
-@pytest.mark.parametrize("trained", [("hidden",), EVERYTHING], ids=["frozen head", "trained head"])
-def test_kernel_passes_gradcheck(chunks_of_7, trained):
-    tensors, labels = make_problem(torch.float64, rows=9, vocabulary=11, width=5, bias=True)
-    leaves = [tensor.requires_grad_(name in trained) for name, tensor in tensors.items()]
-    assert torch.autograd.gradcheck(lambda hidden, weight, bias: linear_logps(hidden, weight, labels, bias, 1.5, 3.0), leaves)
-
-
-def test_kernel_without_grad_is_the_same(chunks_of_7):
-    tensors, labels = make_problem(torch.float64)
-    hidden, weight = (tensor.requires_grad_() for tensor in tensors.values())
-    with torch.no_grad():
-        logps = linear_logps(hidden, weight, labels, uniform=True)
-    assert not logps.requires_grad
-    torch.testing.assert_close(logps, naive_logps(hidden.detach(), weight.detach(), labels), rtol=1e-13, atol=0)
-
-
-def test_uniform_promise_is_checked(chunks_of_7):
-    tensors, labels = make_problem(torch.float64)
-    tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
-    logps = linear_logps(**tensors, labels=labels, uniform=True)
-    with pytest.raises(RuntimeError, match="write logps.mean\\(\\) as logps.sum\\(\\) / n, and set uniform=False"):
-        (logps * torch.linspace(1, 2, len(logps))).sum().backward()
-
-
-def test_uniform_gradients_are_good_for_one_backward(chunks_of_7):
-    tensors, labels = make_problem(torch.float64)
-    tensors["hidden"].requires_grad_()
-    loss = linear_logps(**tensors, labels=labels, uniform=True).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids=["frozen head", "trained head"])
-@pytest.mark.parametrize("uniform", [True, False])
-def test_kernel_refuses_a_second_derivative(trained, uniform):
-    tensors, labels = make_problem(torch.float64)
-    leaves = [tensors[name].requires_grad_() for name in trained]
-    with pytest.raises(RuntimeError):  # better than a wrong one
-        grads = torch.autograd.grad(linear_logps(**tensors, labels=labels, uniform=uniform).sum(), leaves, create_graph=True)
-        sum(grad.square().sum() for grad in grads).backward()
-
-
-@pytest.mark.parametrize("uniform", [True, False])
-def test_gradient_of_tied_weights_is_the_sum_of_both_uses(chunks_of_7, uniform):
-    (_, weight), labels = make_problem(torch.float64)[0].values(), torch.arange(50)
-    grads = []
-    for logps_of in (naive_logps, functools.partial(linear_logps, uniform=uniform)):
-        embeddings = weight.clone().requires_grad_()
-        logps_of(torch.tanh(embeddings[labels.flip(0)]), embeddings, labels).sum().backward()
-        grads.append(embeddings.grad)
-    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-13)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that a tensor has which is made under it."""
-    size = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        out = function(*arguments, **keywords or {})
-        self.size = max([self.size, *(each.numel() for each in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(each))])
-        return out
-
-
-@modes
-def test_no_tensor_is_larger_than_a_chunk_of_logits(chunks_of_7, trained, uniform):
-    tensors, labels = make_problem(torch.float32, width=4, bias=True)
-    with LargestTensor() as largest:
-        outcome(linear_logps, tensors, labels, trained, upstream_of(labels, uniform), softcap=2.0, uniform=uniform)
-    assert largest.size == 7 * 97
-
-
-MEASURE = """
-import re, sys, torch
-from pathlib import Path
-from model_utils import linear_logps
-def resident(field):
-    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-def run(rows, vocabulary):
-    hidden, weight = torch.randn(rows, 64).requires_grad_(), torch.randn(vocabulary, 64).requires_grad_()
-    labels = torch.arange(rows) % vocabulary
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now (man 5 proc)
-    before = resident("VmRSS")
-    logps = linear_logps(hidden, weight, labels, uniform=sys.argv[1] == "uniform")
-    (logps.sum() if sys.argv[1] == "uniform" else (logps * torch.rand(rows)).sum()).backward()
-    return resident("VmHWM") - before
-run(8, 64)  # what is loaded at the first call is not the kernel's
-print(run(2048, 131_072))
-"""
-
-
-def can_reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not can_reset_peak(), reason="/proc/self/clear_refs can't be written, so the peak can't be measured")
-@pytest.mark.parametrize("mode", ["uniform", "per token"])
-def test_memory_is_that_of_a_chunk(mode):
-    """The whole logits would be 2048 * 131072 * 4 = 1.07 GB, and with their gradient twice that."""
-    extra = int(run_well("-c", MEASURE, mode, cwd=ROOT))
-    rows = model_utils.chunk_rows(torch.empty(2048, 64), 131_072)
-    chunk, gradients = 4 * rows * 131_072, 4 * 64 * (131_072 + 2048)
-    assert extra <= gradients + 1.5 * chunk + (16 << 20)  # one buffer, not two
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tiny models, their documents one by one with eager attention and whole logits, and the same in batches
-
-
-SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-SLIDING, WIDER = 5, 30  # windows below the longest document; the wider one is above the rows that enable_packing tries
-PACKABLE = {
-    "llama": {}, "tied llama": {"tie_word_embeddings": True}, "qwen2": {}, "qwen3": {"head_dim": 24},
-    "gemma2": {"head_dim": 16, "sliding_window": SLIDING, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
-    "gemma3_text": {"head_dim": 16, "sliding_window": SLIDING, "sliding_window_pattern": 2},
-    "mistral": {"sliding_window": SLIDING}, "wider mistral": {"sliding_window": WIDER}, "phi3": {"sliding_window": WIDER},
-    "olmo2": {}, "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
-    "cohere": {"logit_scale": 0.3}, "mixtral": EXPERTS, "gpt_neox": {}, "gpt2": {"n_inner": 96}, "gptj": {"rotary_dim": 8},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32},
-}
-UNPACKABLE = {
-    "mamba": {"state_size": 8}, "bloom": {}, "lfm2": {"layer_types": ["conv", "full_attention"]},  # states, ALiBi, convolutions
-    "gpt_oss": EXPERTS | {"sliding_window": SLIDING, "layer_types": ["sliding_attention", "full_attention"]},  # sinks
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32, "use_sliding_window": True, "sliding_window": WIDER,
-                            "layer_types": ["sliding_attention"] * 2},  # only its mask knows of the window
-    "phimoe": EXPERTS | {"sliding_window": WIDER},
-}
-if not GPTJForCausalLM._supports_attention_backend:  # transformers 5.17
-    UNPACKABLE["gptj"] = PACKABLE.pop("gptj")
-LENGTHS = [7, 1, 60, 2, 11, 1]
-
-
-def make_model(kind: str, **changes):
-    """The same weights each time it is called; no weight, bias or norm of it is a zero or a one."""
-    config = SMALL | (PACKABLE | UNPACKABLE)[kind] | changes
-    # transformers 5.17's sdpa leaves the softcap out
-    attention = config.pop("attn_implementation", "eager" if "attn_logit_softcapping" in config else None)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split()[-1], **config), attn_implementation=attention)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(0.15 * noise if parameter.ndim > 1 else parameter + 0.2 * noise)
-    model.target_logps = functools.partial(target_logps, model)
-    return model.eval()
-
-
-def make_documents(lengths=LENGTHS) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, trained) of these lengths, like rows of the loader."""
-    rng = np.random.default_rng(0)
-    return [(rng.integers(3, 128, length), (np.arange(length) > 0) & (rng.random(length) < 0.7)) for length in lengths]
-
-
-def results(model, logps: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """logps and the gradients of their sum over 100; leaves the model without gradients."""
-    (logps.sum() / 100).backward()
-    grads = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-             for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    return logps.detach(), grads
-
-
-def one_by_one(model, documents) -> torch.Tensor:
-    """The log-probs of all targets by the definition."""
-    logps = []
-    for ids, trained in documents:
-        labels = torch.from_numpy(np.where(trained, ids, IGNORE))[None]
-        logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits
-        logps.append(get_batch_logps(logits, labels)[labels[:, 1:] != IGNORE])
-    return torch.cat(logps)
-
-
-def in_a_batch(model, documents, collate) -> torch.Tensor:
-    batch = collate(documents, 0)
-    return model.target_logps(batch["target_combined_input_ids"], batch["target_labels"], batch["target_positions"],
-                              batch["target_combined_attention_mask"], batch["position_ids"], batch["document_ends"],
-                              batch["longest"])
-
-
-def assert_same(actual, expected, logp_error=1e-5, grad_error=2e-6) -> None:
-    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=logp_error)
-    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=grad_error)
-
-
-@pytest.mark.parametrize("kind", PACKABLE | UNPACKABLE)
-def test_batches_equal_the_documents_one_by_one(kind):
-    documents, reference, model = make_documents(), make_model(kind, attn_implementation="eager"), make_model(kind)
-    expected = results(reference, one_by_one(reference, documents))
-    own_attention = model.config._attn_implementation
-    why_not = enable_packing(model, CPU)
-    if not why_not:
-        assert_same(results(model, in_a_batch(model, documents, collate_packed)), expected)
-        model.set_attn_implementation(own_attention)
-    assert model.config._attn_implementation == own_attention
-    assert_same(results(model, in_a_batch(model, documents, collate_padded)), expected)
-    assert bool(why_not) == (kind in UNPACKABLE)
-    assert not why_not or why_not.startswith(type(model).__name__) and "\n" not in why_not
-
-
-@pytest.mark.parametrize("kind, implementation", [("llama", "eager"), ("llama", "sdpa"), ("lfm2", "eager"), ("bloom", "eager")])
-@pytest.mark.parametrize("training", [True, False])
-def test_enable_packing_changes_nothing_else(kind, implementation, training):
-    model, untouched = (make_model(kind, attn_implementation=implementation).train(training) for _ in range(2))
-    why_not = enable_packing(model, CPU)
-    assert model.config._attn_implementation == (implementation if why_not else "documents")
-    assert [module.training for module in model.modules()] == [training] * len(list(model.modules()))
-    assert all(parameter.grad is None for parameter in model.parameters())
-    torch.testing.assert_close(model.state_dict(), untouched.state_dict(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in PACKABLE if kind != "mixtral"])  # there tokens share the experts' matmuls
-def test_no_document_sees_another(kind):
-    model = make_model(kind)
-    assert enable_packing(model, CPU) == ""
-    documents = make_documents()
-    with torch.no_grad():
-        before = in_a_batch(model, documents, collate_packed)
-        owners = torch.tensor([i for i, (_, trained) in enumerate(documents) for _ in range(trained.sum())])
-        for i, (ids, trained) in enumerate(documents):
-            others = [*documents[:i], ((ids - 3 + 1) % 125 + 3, trained), *documents[i + 1:]]
-            changed = in_a_batch(model, others, collate_packed) != before
-            assert not changed[owners != i].any()
-            assert changed[owners == i].all() or not trained.any()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention over packed documents
-
-
-def naive_attention(query, key, value, lengths, scaling, sliding_window, softcap) -> torch.Tensor:
-    """softmax over a (T, T) mask that is causal and block-diagonal."""
-    owners, places = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), torch.arange(sum(lengths))
-    distance = places[:, None] - places
-    mask = (owners[:, None] == owners) & (distance >= 0) & (distance < (sliding_window or len(places)))
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    return torch.einsum("bhqk,bhkd->bqhd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
-
-
-def attend(query, key, value, lengths, **options) -> torch.Tensor:
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    out, probabilities = document_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=ends,
-                                            cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths), **options)
-    assert probabilities is None
-    return out
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("sliding_window", [None, 1, 5, 11, 100])
-@pytest.mark.parametrize("softcap", [None, 0.7])
-def test_document_attention_equals_a_masked_softmax(kv_heads, sliding_window, softcap):
-    generator, lengths = torch.Generator().manual_seed(0), [1, 11, 2, 12, 1]
-    inputs = [torch.randn(1, heads, sum(lengths), width, generator=generator, dtype=torch.float64, requires_grad=True)
-              for heads, width in ((4, 8), (kv_heads, 8), (kv_heads, 6))]  # the values' width is their own affair
-    upstream = torch.randn(1, sum(lengths), 4, 6, generator=generator, dtype=torch.float64)
-    options = {"scaling": 0.6, "sliding_window": sliding_window, "softcap": softcap}
-    outs = attend(*inputs, lengths, **options), naive_attention(*inputs, lengths, **options)
-    grads = [torch.autograd.grad(out, inputs, upstream) for out in outs]
-    error = 1e-6 if softcap else 1e-14  # Gemma 2's own softmax is fp32, too
-    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=error)
-    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=10 * error)
-
-
-@pytest.mark.parametrize("softcap", [None, 50.0])
-@pytest.mark.parametrize("sliding_window", [None, 1])
-def test_dropout_of_attention_drops_probabilities(softcap, sliding_window):
-    """A document of one token attends to itself with probability 1: what comes out is its value / (1 - rate), or nothing."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 4, 1000, 8).unbind()
-    options = {"scaling": 1.0, "softcap": softcap, "sliding_window": sliding_window, "dropout": 0.25}
-    out, value = attend(query, key, value, [1] * 1000, **options), value.transpose(1, 2)
-    kept = (out != 0).all(-1)
-    torch.testing.assert_close(out, kept[..., None] * value / 0.75, rtol=1e-6, atol=0)
-    assert abs(kept.float().mean() - 0.75) < 6 * math.sqrt(0.25 * 0.75 / kept.numel())  # six standard deviations
-
-
-@pytest.mark.parametrize("kind, rate", [("llama", "attention_dropout"), ("gemma2", "attention_dropout"), ("gpt2", "attn_pdrop")])
-def test_attention_drops_out_in_training_only(kind, rate):
-    others = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}  # GPT-2's, not of attention
-    documents, model, reference = make_documents(), *(make_model(kind, **others | {rate: p}) for p in (0.5, 0.0))
-    assert enable_packing(model, CPU) == enable_packing(reference, CPU) == ""
-    without = in_a_batch(reference.train(), documents, collate_packed)
-    assert torch.equal(in_a_batch(model.eval(), documents, collate_packed), without)
-    torch.manual_seed(1)
-    dropped, other = (in_a_batch(model.train(), documents, collate_packed) for _ in range(2))
-    torch.manual_seed(1)
-    again = in_a_batch(model, documents, collate_packed)
-    assert torch.equal(again, dropped)
-    assert not any(torch.isclose(a, b).all() for a, b in itertools.combinations((without, dropped, other), 2))
-
-
-def test_blocks_are_not_compiled_anew_for_other_documents():
-    model = make_model("llama")
-    assert enable_packing(model, CPU) == ""
-    batches = [make_documents(lengths) for lengths in ([7, 5], [4, 9, 8], [30], [2, 1, 6, 3, 5])]
-    expected = [results(model, in_a_batch(model, documents, collate_packed)) for documents in batches]
-    for block in model.model.layers:
-        block.forward = torch.compile(block.forward, backend="eager")  # what is traced, without a C++ compiler
-    for i, documents in enumerate(batches):  # the second shows which sizes differ
-        with torch.compiler.set_stance("fail_on_recompile" if i >= 2 else "default"):
-            assert_same(results(model, in_a_batch(model, documents, collate_packed)), expected[i])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two processes
-
-
-JOBS = {  # kind of model, and the documents of each rank
-    "untied": ("llama", [[0, 1, 2], [3, 4, 5]]), "tied": ("tied llama", [[2], [0, 1, 3, 4, 5]]),
-    "a rank without a target": ("tied llama", [[0, 2, 3, 4], [1]]), "bias and softcap": ("gemma2", [[4, 5], [0, 1, 2, 3]]),
-}
-
-
-def worker(folder: Path) -> None:
-    rank, _, device = init_processes()
-    for name, (kind, shares) in JOBS.items():
-        model = make_model(kind)
-        shard_model(model, device, "target_logps")
-        parameters = dict(model.named_parameters())
-        assert enable_packing(model, device) == ""
-        logps = in_a_batch(model, [make_documents()[i] for i in shares[rank]], collate_packed)
-        (logps.sum() / 100).backward()
-        grads = {key: parameter.grad.full_tensor() for key, parameter in parameters.items()}
-        everyone = [None, None]
-        dist.all_gather_object(everyone, logps.detach())
-        if rank == 0:
-            torch.save((torch.cat(everyone), grads), folder / f"{name}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
+
+from chat import ChatEncoder
+from data import collate_packed, collate_padded
+from fsdp_utils import ModelError, end_process, init_processes, make_mesh, shard_model
+from model_utils import document_attention, enable_packing, generate, load_model, load_tokenizer, load_weights
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    run_well(__file__, folder, n_processes=2)
-    return folder
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_two_processes_have_the_gradient_of_one(sharded, job):
-    kind, shares = JOBS[job]
-    reference = make_model(kind, attn_implementation="eager")
-    documents = [make_documents()[i] for share in shares for i in share]
-    expected = results(reference, one_by_one(reference, documents))
-    assert_same(torch.load(sharded / f"{job}.pt"), expected, logp_error=1e-5, grad_error=1e-6)
+def alone():
+    """A group of one process."""
+    with process_of_one():
+        init_processes()
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,20 +181,17 @@ def test_a_wrong_random_init_is_one_line(tmp_path, wrong):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
-@pytest.mark.parametrize("random_init", [
-    {"model_type": "hyperclovax", "logits_scaling": 0.5}, {"model_type": "modernbert-decoder"},
-    {"model_type": "recurrent_gemma", "logits_soft_cap": 2.0, "lru_width": 64},
-    {"model_type": "llama4_text", "num_local_experts": 2, "intermediate_size_mlp": 96},
-], ids=lambda random_init: random_init["model_type"])
-def test_a_head_that_is_not_known_is_refused_or_comes_out_right(tmp_path, random_init):
-    make_tokenizer(tmp_path)
-    try:
-        model = load_model("", NEW | {"vocab_size": 128} | random_init, load_tokenizer(str(tmp_path), ""), None, "").eval()
-        check_head(model, CPU)
-    except ModelError:
-        return
-    documents = make_documents([9])
-    torch.testing.assert_close(in_a_batch(model, documents, collate_padded), one_by_one(model, documents), rtol=0, atol=1e-5)
+def test_the_softcap_of_gemma_2_s_scores_is_in_the_loaded_model(tmp_path):
+    write_model(tmp_path / "model")  # for its tokenizer
+    model, ids = make_model("gemma2", vocab_size=256), torch.arange(24)[None]
+    model.save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    loaded = load_model(path, None, load_tokenizer(path, ""), None, "").eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    loaded.config.attn_logit_softcapping = None
+    for layer in loaded.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert (loaded(ids).logits - model(ids).logits).abs().max() > 1e-3  # it matters here
 
 
 def as_pickle(folder):
@@ -722,33 +241,68 @@ def test_a_folder_that_holds_no_tokenizer_is_named_in_one_line(tmp_path, broken)
     assert not (tmp_path / "model" / "was run").exists()
 
 
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What a step needs
+# Slices: weights that are read when the model is sharded
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_flops_are_those_of_the_matmuls_that_run(frozen):
-    """Of the body and, on the targets alone, of the head; attention's, which torch counts without its mask, stand apart."""
-    model = make_model("llama")
-    if frozen:
-        model.requires_grad_(False).enable_input_require_grads()
-    ids, targets = torch.arange(24)[None], torch.tensor([3, 7, 8])
-    with FlopCounterMode(display=False) as counter:
-        target_logps(model, ids, ids, targets).sum().backward()
-    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-    per_token, per_target, per_squared_length = model_utils.count_flops(model)
-    assert sum(count for op, count in counts.items() if "mm" in op and "bmm" not in op) == 24 * per_token + 3 * per_target
-    assert per_squared_length == 6 * 2 * 64  # layers, width
+def make_slices(folder: Path, dtype=torch.float32, tied=False, size: str = "1GB"):
+    """Writes a model, in files of this size at most, and a tokenizer. Returns (model, tokenizer)."""
+    model = make_model("qwen2", vocab_size=127, tie_word_embeddings=tied).to(dtype)  # 127 rows, which no number of ranks shares
+    model.save_pretrained(folder, max_shard_size=size)
+    make_tokenizer(folder)
+    return model, load_tokenizer(str(folder), "")
 
 
-def test_a_model_without_attention_has_no_flops_of_it():
-    config = AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=128)
-    per_token, _, per_squared_length = model_utils.count_flops(AutoModelForCausalLM.from_config(config))
-    assert per_token > 0 and per_squared_length == 0
+def whole(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("written, read, tied, size, n_files", [
+    (torch.float32, torch.float32, False, "1GB", 1), (torch.float32, torch.float32, True, "50KB", None),
+    *((written, read, True, "1GB", 1) for written in (torch.float32, torch.bfloat16, torch.float16)
+      for read in (torch.float32, torch.bfloat16)), (torch.bfloat16, torch.float32, False, "50KB", None)])
+def test_slices_are_the_weights_in_the_files(alone, tmp_path, written, read, tied, size, n_files):
+    before, tokenizer = make_slices(tmp_path, written, tied, size)
+    files = {file.name for file in tmp_path.glob("*.safetensors")}
+    assert len(files) == n_files or n_files is None and len(files) > 2
+    model = load_model(str(tmp_path), None, tokenizer, None, "", read, sliced=True)
+    assert {Path(file).name for file, _ in model.weight_files.values()} == files
+    assert all(parameter.is_meta for parameter in model.parameters() if parameter.ndim > 1)
+    shard_model(model, make_mesh(CPU), dtype=read)
+    load_weights(model)
+    torch.testing.assert_close(whole(model), {name: tensor.to(read) for name, tensor in before.state_dict().items()},
+                               rtol=0, atol=0)
+    with torch.no_grad():
+        ids = torch.arange(3, 40)[None]
+        reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=read)
+        assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)  # so the buffers are right, too
+
+
+def test_frozen_slices_alone_are_read_where_a_checkpoint_has_the_others(alone, tmp_path):
+    before, tokenizer = make_slices(tmp_path)
+    model = load_model(str(tmp_path), None, tokenizer, None, "", sliced=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("k_proj" in name or "embed_tokens" in name)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shard_model(model, make_mesh(CPU))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    load_weights(model, frozen_only=True)
+    for name, tensor in whole(model).items():
+        assert torch.equal(tensor, torch.full_like(tensor, 7.0) if name in trained else before.state_dict()[name]), name
+    assert len(trained) == 5
+
+
+def test_files_that_are_not_the_model_s_are_not_read(alone, tmp_path):
+    before, tokenizer = make_slices(tmp_path, size="50KB")
+    others = {name: torch.zeros_like(tensor) for name, tensor in before.state_dict().items()}
+    for name in ("consolidated", "model-00000-of-00001", "model.fp16", "zeros"):
+        save_file(others, tmp_path / f"{name}.safetensors")
+    model = load_model(str(tmp_path), None, tokenizer, None, "", sliced=True)
+    shard_model(model, make_mesh(CPU))
+    load_weights(model)
+    torch.testing.assert_close(whole(model), dict(before.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change, said", [
@@ -765,14 +319,331 @@ def test_weights_that_are_not_the_model_s_are_named(tmp_path, change, said):
         load_model(str(tmp_path / "model"), None, load_tokenizer(str(tmp_path / "model"), ""), None, "", sliced=True)
 
 
-def test_the_softcap_of_gemma_2_s_scores_is_in_the_loaded_model(tmp_path):
-    write_model(tmp_path / "model")  # for its tokenizer
-    model, ids = make_model("gemma2", vocab_size=256), torch.arange(24)[None]
-    model.save_pretrained(tmp_path / "model")
-    path = str(tmp_path / "model")
-    loaded = load_model(path, None, load_tokenizer(path, ""), None, "").eval()
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
-    loaded.config.attn_logit_softcapping = None
-    for layer in loaded.model.layers:
-        layer.self_attn.attn_logit_softcapping = None
-    assert (loaded(ids).logits - model(ids).logits).abs().max() > 1e-3  # it matters here
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed documents
+
+
+UNPACKABLE = {"mamba", "bloom", "lfm2",  # states, ALiBi, convolutions
+              "gpt_oss", "qwen2_moe", "phimoe"}  # sinks; and where only the mask knows of the window
+UNPACKABLE |= set() if GPTJForCausalLM._supports_attention_backend else {"gptj"}  # transformers 5.17
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_come_out_as_one_by_one_or_are_not_packed(alone, capsys, kind):
+    documents, model = make_documents(), make_model(kind)
+    padded = results(model, in_a_batch(model, documents, collate_padded))
+    packed = enable_packing(model, CPU)
+    said = capsys.readouterr().out
+    assert packed == (kind not in UNPACKABLE)
+    if packed:
+        assert said == "" and model.config._attn_implementation == "documents"
+        assert_same(results(model, in_a_batch(model, documents, collate_packed)), expected_results(kind))
+        model.set_attn_implementation(model.own_attention)
+    else:
+        assert said.startswith(f"not packed: {type(model).__name__} ") and said.count("\n") == 1
+    assert model.config._attn_implementation == model.own_attention
+    again = results(model, in_a_batch(model, documents, collate_padded))
+    torch.testing.assert_close(again, padded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind, implementation", [("llama", "eager"), ("llama", "sdpa"), ("lfm2", "eager"), ("bloom", "eager")])
+@pytest.mark.parametrize("training", [True, False])
+def test_enable_packing_changes_nothing_else(alone, kind, implementation, training):
+    model, untouched = (make_model(kind, attn_implementation=implementation).train(training) for _ in range(2))
+    packed = enable_packing(model, CPU)
+    assert model.config._attn_implementation == ("documents" if packed else implementation)
+    assert [module.training for module in model.modules()] == [training] * len(list(model.modules()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(model.state_dict(), untouched.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - UNPACKABLE - {"mixtral"}))  # there tokens share the experts' matmuls
+def test_no_document_sees_another(kind):
+    model = make_model(kind)
+    assert enable_packing(model, CPU)
+    documents = make_documents()
+    with torch.no_grad():
+        before = in_a_batch(model, documents, collate_packed)
+        owners = torch.tensor([i for i, (_, trained) in enumerate(documents) for _ in range(trained.sum())])
+        for i, (ids, trained) in enumerate(documents):
+            others = [*documents[:i], ((ids - 3 + 1) % 125 + 3, trained), *documents[i + 1:]]
+            changed = in_a_batch(model, others, collate_packed) != before
+            assert not changed[owners != i].any()
+            assert changed[owners == i].all() or not trained.any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over packed documents
+
+
+def naive_attention(query, key, value, lengths, scaling, sliding_window, softcap) -> torch.Tensor:
+    """softmax over a (T, T) mask that is causal and block-diagonal."""
+    owners, places = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), torch.arange(sum(lengths))
+    distance = places[:, None] - places
+    mask = (owners[:, None] == owners) & (distance >= 0) & (distance < (sliding_window or len(places)))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    return torch.einsum("bhqk,bhkd->bqhd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
+
+
+def attend(query, key, value, lengths, **options) -> torch.Tensor:
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    out, probabilities = document_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=ends,
+                                            cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths), **options)
+    assert probabilities is None
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("sliding_window", [None, 1, 5, 11, 100])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_document_attention_equals_a_masked_softmax(kv_heads, sliding_window, softcap):
+    generator, lengths = torch.Generator().manual_seed(0), [1, 11, 2, 12, 1]
+    inputs = [torch.randn(1, heads, sum(lengths), width, generator=generator, dtype=torch.float64, requires_grad=True)
+              for heads, width in ((4, 8), (kv_heads, 8), (kv_heads, 6))]  # the values' width is their own affair
+    upstream = torch.randn(1, sum(lengths), 4, 6, generator=generator, dtype=torch.float64)
+    options = {"scaling": 0.6, "sliding_window": sliding_window, "softcap": softcap}
+    outs = attend(*inputs, lengths, **options), naive_attention(*inputs, lengths, **options)
+    grads = [torch.autograd.grad(out, inputs, upstream) for out in outs]
+    error = 1e-6 if softcap else 1e-14  # Gemma 2's own softmax is fp32, too
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=error)
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=10 * error)
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("sliding_window", [None, 1])
+def test_dropout_of_attention_drops_probabilities(softcap, sliding_window):
+    """A document of one token attends to itself with probability 1: what comes out is its value / (1 - rate), or nothing."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4, 1000, 8).unbind()
+    options = {"scaling": 1.0, "softcap": softcap, "sliding_window": sliding_window, "dropout": 0.25}
+    out, value = attend(query, key, value, [1] * 1000, **options), value.transpose(1, 2)
+    kept = (out != 0).all(-1)
+    torch.testing.assert_close(out, kept[..., None] * value / 0.75, rtol=1e-6, atol=0)
+    assert abs(kept.float().mean() - 0.75) < 6 * math.sqrt(0.25 * 0.75 / kept.numel())  # six standard deviations
+
+
+@pytest.mark.parametrize("kind, rate", [("llama", "attention_dropout"), ("gemma2", "attention_dropout"), ("gpt2", "attn_pdrop")])
+def test_attention_drops_out_in_training_only(kind, rate):
+    others = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}  # GPT-2's, not of attention
+    documents, model, reference = make_documents(), *(make_model(kind, **others | {rate: p}) for p in (0.5, 0.0))
+    assert enable_packing(model, CPU) and enable_packing(reference, CPU)
+    without = in_a_batch(reference.train(), documents, collate_packed)
+    assert torch.equal(in_a_batch(model.eval(), documents, collate_packed), without)
+    torch.manual_seed(1)
+    dropped, other = (in_a_batch(model.train(), documents, collate_packed) for _ in range(2))
+    torch.manual_seed(1)
+    again = in_a_batch(model, documents, collate_packed)
+    assert torch.equal(again, dropped)
+    assert not any(torch.isclose(a, b).all() for a, b in itertools.combinations((without, dropped, other), 2))
+
+
+@pytest.mark.slow
+def test_blocks_are_not_compiled_anew_for_other_documents():
+    model = make_model("llama")
+    assert enable_packing(model, CPU)
+    batches = [make_documents(lengths) for lengths in ([7, 5], [4, 9, 8], [30], [2, 1, 6, 3, 5])]
+    expected = [results(model, in_a_batch(model, documents, collate_packed)) for documents in batches]
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend="eager")  # what is traced, without a C++ compiler
+    for i, documents in enumerate(batches):  # the second shows which sizes differ
+        with torch.compiler.set_stance("fail_on_recompile" if i >= 2 else "default"):
+            assert_same(results(model, in_a_batch(model, documents, collate_packed)), expected[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+PROMPTS = [ids.tolist() for ids in np.split(np.random.default_rng(5).integers(3, 128, 46), [4, 13, 14, 29, 35, 37])]
+LENGTH = 10  # tokens of an answer at most
+
+
+def theirs(model, prompt: list[int], **settings) -> list[int]:
+    """The answer by transformers alone, to one prompt without padding, with the token that ends it."""
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "max_new_tokens": LENGTH, "pad_token_id": 0} | settings
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt):].tolist()
+
+
+def cut(answer: list[int], stops: list[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in stops, answer))
+
+
+@functools.cache
+def expected_answers(kind: str, **changes) -> tuple[list[int], list[list[int]]]:
+    """Returns (ids that end an answer, answers to PROMPTS by transformers), all of them different, some of which end early."""
+    model = make_model(kind, **changes)
+    whole = [theirs(model, prompt, eos_token_id=None) for prompt in PROMPTS]
+    ended = {stop: [tuple(cut(answer, [2, stop])) for answer in whole] for stop in range(3, 128)}
+    stop = max(ended, key=lambda stop: (len(set(ended[stop])), len(set(map(len, ended[stop])))))
+    answers = [cut(theirs(model, prompt, eos_token_id=[2, stop]), [2, stop]) for prompt in PROMPTS]
+    assert len(set(map(tuple, answers))) == len(PROMPTS) and min(map(len, answers)) < max(map(len, answers)) == LENGTH
+    return [2, stop], answers
+
+
+def make_talker(kind: str = "llama", **changes):
+    """Returns a model with such stop ids, and those answers."""
+    model, (stops, answers) = make_model(kind, **changes), expected_answers(kind, **changes)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [*stops], 0
+    return model, answers
+
+
+@pytest.mark.parametrize("kind, batch_size", [
+    ("llama", 1), ("llama", 2), ("llama", 64), ("gemma2", 3), ("mistral", 3), ("gpt2", 3), ("mamba", 3), ("bloom", 3),
+    ("lfm2", 3)])
+def test_greedy_answers_are_those_of_transformers_one_by_one_in_the_order_of_the_prompts(kind, batch_size):
+    model, expected = make_talker(kind, tie_word_embeddings=False)  # tied, some would say the same token again and again
+    assert generate(model, PROMPTS, LENGTH, batch_size) == expected
+
+
+def test_answers_have_at_most_as_many_tokens_as_are_asked_for():
+    model, expected = make_talker()
+    for n in (1, 3):
+        assert generate(model, PROMPTS, n) == [answer[:n] for answer in expected]
+    assert generate(model, [], LENGTH) == []
+    assert [] in expected  # where the first token ends it
+
+
+def test_the_model_s_own_settings_neither_apply_nor_are_lost():
+    model, expected = make_talker()
+    model.generation_config.update(repetition_penalty=3.0, no_repeat_ngram_size=1, temperature=3.0, top_k=5, do_sample=True,
+                                   min_new_tokens=LENGTH, max_length=3)
+    own, content = model.generation_config, model.generation_config.to_dict()
+    by_them = [theirs(model, prompt) for prompt in PROMPTS]
+    assert all(cut(penalised, own.eos_token_id) != plain for penalised, plain in zip(by_them, expected))
+    assert generate(model, PROMPTS, LENGTH) == expected
+    assert model.generation_config is own and own.to_dict() == content
+    assert [theirs(model, prompt) for prompt in PROMPTS] == by_them
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5)])
+def test_drawn_answers_are_those_that_transformers_draws(temperature, top_p):
+    model, greedy = make_talker()
+    stops, drawn = model.generation_config.eos_token_id, []
+    for prompt in PROMPTS:
+        torch.manual_seed(3)
+        [answer] = generate(model, [prompt], LENGTH, 1, temperature, top_p)
+        torch.manual_seed(3)
+        assert answer == cut(theirs(model, prompt, do_sample=True, temperature=temperature, top_p=top_p, top_k=0), stops)
+        drawn.append(answer)
+    assert drawn != greedy
+
+
+class Collected(BaseStreamer):
+    """Takes the tokens one by one, and the ctrl-C of whoever reads along."""
+
+    def __init__(self, n_taken: int | None = None):
+        self.tokens, self.n_taken = [], n_taken
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+        if len(self.tokens) == self.n_taken:
+            raise KeyboardInterrupt
+
+    def end(self):
+        self.tokens.append("end")
+
+
+def test_a_streamer_is_told_each_token():
+    (model, expected), streamer = make_talker(), Collected()
+    i = max(range(len(PROMPTS)), key=lambda i: len(expected[i]))
+    assert generate(model, [PROMPTS[i]], LENGTH, streamer=streamer) == [expected[i]]
+    assert streamer.tokens == [*PROMPTS[i], *expected[i], "end"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_generating_leaves_the_model_as_it_was(training, packed, interrupted):
+    model, expected = make_talker(attention_dropout=0.5)
+    assert not packed or enable_packing(model, CPU)
+    own, content, attention = model.generation_config, model.generation_config.to_dict(), model.config._attn_implementation
+    assert attention == ("documents" if packed else "sdpa")
+    model.train(training)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, PROMPTS[1:2], LENGTH, streamer=Collected(len(PROMPTS[1]) + 2))
+    else:
+        assert generate(model, PROMPTS, LENGTH) == expected  # without dropout, and not by the packed attention
+    assert {module.training for module in model.modules()} == {training}
+    assert model.generation_config is own and own.to_dict() == content
+    assert model.config._attn_implementation == attention
+    documents, reference = make_documents(), make_model("llama")
+    logps = in_a_batch(model.eval(), documents, collate_packed if packed else collate_padded)
+    torch.testing.assert_close(logps, one_by_one(reference, documents), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+
+
+JOBS = {  # kind of model, and the documents of each rank
+    "untied": ("llama", [[0, 1, 2], [3, 4, 5]]), "tied": ("tied llama", [[2], [0, 1, 3, 4, 5]]),
+    "a rank without a target": ("tied llama", [[0, 2, 3, 4], [1]]), "bias and softcap": ("gemma2", [[4, 5], [0, 1, 2, 3]]),
+}
+ROUNDS = [(7, 64), (7, 1), (3, 1), (1, 2), (0, 2)]  # prompts and the batch size: one more than the ranks share, one in all, none
+
+
+def worker(folder: Path) -> None:
+    rank, _, device = init_processes()
+    mesh, answers = make_mesh(device), {}
+    for name, (kind, shares) in JOBS.items():
+        model, _ = make_talker(kind)
+        shard_model(model, mesh, "target_logps")
+        parameters = dict(model.named_parameters())
+        assert enable_packing(model, device)
+        answers[name] = [generate(model, PROMPTS[:n], LENGTH, batch_size) for n, batch_size in ROUNDS]
+        logps = in_a_batch(model, [make_documents()[i] for i in shares[rank]], collate_packed)
+        (logps.sum() / 100).backward()
+        grads = {key: parameter.grad.full_tensor() for key, parameter in parameters.items()}
+        everyone = [None, None]
+        dist.all_gather_object(everyone, logps.detach())
+        if rank == 0:
+            torch.save((torch.cat(everyone), grads), folder / f"{name}.pt")
+    model = load_model(str(folder / "model"), None, load_tokenizer(str(folder / "model"), ""), None, "", sliced=True)
+    shard_model(model, mesh, "target_logps")
+    load_weights(model)
+    loaded = whole(model)
+    if rank == 0:
+        torch.save(loaded, folder / "loaded.pt")
+    (folder / f"answers-{rank}.json").write_text(json.dumps(answers))
+    dist.barrier()
+    end_process()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    make_slices(folder / "model", size="50KB")
+    run_well(__file__, folder, n_processes=2)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes_have_the_gradient_of_one(sharded, job):
+    kind, shares = JOBS[job]
+    reference = make_model(kind, attn_implementation="eager")
+    documents = [make_documents()[i] for share in shares for i in share]
+    expected = results(reference, one_by_one(reference, documents))
+    assert_same(torch.load(sharded / f"{job}.pt"), expected, logp_error=1e-5, grad_error=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_each_of_two_processes_has_the_answers_of_one(sharded, job):
+    _, expected = expected_answers(JOBS[job][0])
+    for rank in range(2):
+        assert json.loads((sharded / f"answers-{rank}.json").read_text())[job] == [expected[:n] for n, _ in ROUNDS]
+
+
+@pytest.mark.slow
+def test_two_processes_read_the_slices_of_one_model(sharded):
+    expected = AutoModelForCausalLM.from_pretrained(sharded / "model").state_dict()
+    torch.testing.assert_close(torch.load(sharded / "loaded.pt"), dict(expected), rtol=0, atol=0)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,7 @@ def test_a_loss_that_falls_by_more_than_a_decade_has_a_logarithmic_axis(tmp_path
 # The image
 
 
+@pytest.mark.slow
 def test_the_image_is_a_page_with_every_run_s_colour(tmp_path):
     folders = [write_run(tmp_path / name / "run", make_records(level=i + 1, skipped=(2,)))  # told apart by the whole path
                for i, name in enumerate("abc")]
@@ -138,11 +140,13 @@ def test_the_image_is_a_page_with_every_run_s_colour(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "page.png"]
 
 
-def test_the_image_replaces_the_one_before_it_whole(tmp_path):
+def test_the_image_replaces_the_one_before_it_whole(tmp_path, monkeypatch):
     run = write_run(tmp_path / "a", make_records())
     (tmp_path / "plot.png").write_text("the page before")
     os.link(tmp_path / "plot.png", tmp_path / "held")
-    run_well(ROOT / "plot.py", run, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(run)])
+    plot.main()
     assert imread(tmp_path / "plot.png").shape[:2] == SIZE[::-1]
     assert (tmp_path / "held").read_text() == "the page before"  # another file took its name
 
@@ -157,35 +161,46 @@ def test_a_last_line_that_is_half_written_is_left_out(tmp_path, end):
 # Errors
 
 
-def fails_with(*argv, **options) -> str:
-    """Returns the one line with which plot.py ends."""
-    done = run_script(ROOT / "plot.py", *argv, **options)
-    assert done.returncode == 1 and done.stdout == ""
+@pytest.fixture
+def fails_with(tmp_path, monkeypatch, capfd):
+    """Calls plot.py's main in this process, in tmp_path; returns the one line with which it ends."""
+    def call(*argv) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as error:
+            plot.main()
+        assert capfd.readouterr() == ("", "")
+        (line,) = error.value.code.splitlines()  # Python prints it on stderr, and ends with code 1
+        return line
+    return call
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_and_code_1(tmp_path):
+    done = run_script(ROOT / "plot.py", tmp_path / "none", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and not list(tmp_path.iterdir())
     (line,) = done.stderr.splitlines()
-    return line
-
-
-def test_what_can_t_be_read_is_named(tmp_path):
-    line = fails_with(tmp_path / "none", cwd=tmp_path)
     assert line == (f"plot.py: {tmp_path}/none/metrics.jsonl: No such file or directory; "
                     "give the folder of a run, {cache_dir}/{exp_name}")
+
+
+def test_what_can_t_be_read_is_named(tmp_path, fails_with):
+    assert fails_with(tmp_path / "none").startswith(f"plot.py: {tmp_path}/none/metrics.jsonl: No such file or directory; give ")
     broken = write_run(tmp_path / "broken", make_records(n_steps=1), "{\n{}\n")
-    assert fails_with(broken, cwd=tmp_path).startswith(f"plot.py: {broken}/metrics.jsonl:4: not valid JSON: ")
+    assert fails_with(broken).startswith(f"plot.py: {broken}/metrics.jsonl:4: not valid JSON: ")
     empty = write_run(tmp_path / "empty", [])
-    assert fails_with(empty, cwd=tmp_path) == f"plot.py: {empty}/metrics.jsonl: nothing is logged yet"
+    assert fails_with(empty) == f"plot.py: {empty}/metrics.jsonl: nothing is logged yet"
     assert not list(tmp_path.glob("plot.p*"))
 
 
-def test_what_can_t_be_drawn_or_written_is_named(tmp_path):
+def test_what_can_t_be_drawn_or_written_is_named(tmp_path, fails_with):
     run = write_run(tmp_path / "a", make_records())
-    assert fails_with(*[run] * 7, cwd=tmp_path) == "plot.py: 7 runs can't be told apart on one page; give at most 6"
+    assert fails_with(*[run] * 7) == "plot.py: 7 runs can't be told apart on one page; give at most 6"
     out = tmp_path / "none" / "page.png"
     assert fails_with(run, "--out", out) == f"plot.py: [Errno 2] No such file or directory: '{out.with_suffix('.partial')}'"
 
 
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "blocker").mkdir()
-    (tmp_path / "blocker" / "matplotlib.py").write_text("raise ImportError('blocked')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocker"))
-    line = fails_with(write_run(tmp_path / "a", make_records()), cwd=tmp_path)
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch, fails_with):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    line = fails_with(write_run(tmp_path / "a", make_records()))
     assert line == "plot.py: matplotlib is missing: pip install matplotlib"

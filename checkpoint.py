@@ -1,0 +1,341 @@
+"""Whole or absent: what a run leaves on the disk, to go on from (checkpoints) and to use (FINAL); which of it may be resumed."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+from fsdp_utils import failing_together, gather_in_parts, say
+from lora import merge_lora, save_adapter
+
+
+class CheckpointError(Exception):
+    """What can't be written, read or resumed, in one line; raised on all ranks alike."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of `folder` after the block, when all ranks are done and it is on the disk.
+
+    Where a rank fails, CheckpointError is raised on all, nothing is left behind, and what was in the place stays there.
+    """
+    partial, first = folder.with_name(f"{folder.name}.partial"), dist.get_rank() == 0
+    try:
+        with failing_together(CheckpointError):
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+                partial.mkdir(parents=True)
+        with failing_together(CheckpointError):
+            yield partial
+        with failing_together(CheckpointError):
+            if first:
+                replace(folder, partial)
+    except CheckpointError as error:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{folder}: can't be written: {error}") from error
+
+
+def replace(folder: Path, partial: Path) -> None:
+    """Renames a folder when all in it is on the disk. One that bears the name already is removed after that."""
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(folder: Path):
+    """Makes the folder; returns an open file that keeps other runs out of it until it is closed or this process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(f"{folder}: another run is writing there; wait for it to end or choose another exp_name") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: can't be written to: {error.strerror}") from error
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: every rank writes its own shards as safetensors, and any number of ranks goes on from them
+
+MANIFEST = "checkpoint.json"  # lists each file's size and checksum; written last, it is what makes a folder a checkpoint
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What a step changes, by name: trained weights and the optimizer's state, not copied, so that loading fills them."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name in trained}
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    return weights | {name: value for name, value in state.items() if torch.is_tensor(value)}
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, *copies: Path) -> None:
+    """Writes what a step changes, `state`, which must be JSON, and copies of files; whole or not at all. All ranks must call it.
+
+    Raises CheckpointError on all ranks where one of them can't write.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with written_whole(folder) as partial:
+        with failing_together(CheckpointError):
+            for file in copies if rank == 0 else ():
+                shutil.copy(file, partial)
+        tensors, file_of, size = training_state(model, optimizer), {}, 0
+        for name, tensor in tensors.items():  # a file is made in memory before it is written: 1 GB at a time
+            file_of[name] = size // 2 ** 30 + 1
+            size += tensor.nbytes // world_size
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True))
+        with failing_together(CheckpointError):
+            mine = {file.name: [file.stat().st_size, checksum(file)] for file in sorted(partial.iterdir())[rank::world_size]}
+        shares = [None] * world_size
+        dist.all_gather_object(shares, mine)
+        if rank == 0:
+            files = {name: facts for share in shares for name, facts in share.items()}
+            manifest = state | {"world_size": world_size, "files": dict(sorted(files.items()))}
+            (partial / MANIFEST).write_text(json.dumps(manifest | {"sha256": checksum(manifest)}, indent=2))
+
+
+def load_checkpoint(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fills model and optimizer with what save_checkpoint wrote, on any number of processes, or does nothing without a folder.
+
+    All ranks must call it.
+    """
+    if not folder:
+        return
+    with failing_together(CheckpointError, f"{folder}: does not fit the model"):
+        tensors, reader = training_state(model, optimizer), HuggingFaceStorageReader(str(folder))
+        if others := reader.read_metadata().state_dict_metadata.keys() - tensors.keys():
+            raise ValueError(f"it holds {min(others)}, which the model has not")
+        dcp.load(tensors, storage_reader=reader)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a run's folder, or of its FINAL, or the folder itself, the one with the most steps last."""
+    steps = [path for path in folder.glob("checkpoints/step-*") if not path.suffix]  # neither .partial nor .old
+    others = [path for path in (folder / "FINAL/checkpoint", folder / "checkpoint", folder) if (path / MANIFEST).is_file()]
+    return [*others, *sorted(steps, key=step_of)]
+
+
+def step_of(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def save_latest(run_dir: Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, latest: Path | None,
+                keep_last: int, stop_if_it_fails: bool) -> Path | None:
+    """Saves a run's checkpoint, and removes all before it but keep_last - 1. Returns it.
+
+    Where it can't be written CheckpointError is raised, or if the run is to go on, a warning is printed and `latest` returned.
+    """
+    folder = run_dir / "checkpoints" / f"step-{state['step']}"
+    try:
+        save_checkpoint(folder, model, optimizer, state, run_dir / "metrics.jsonl")
+    except CheckpointError as error:
+        if stop_if_it_fails:
+            raise CheckpointError(f"{error}; the last whole checkpoint: {latest}") from error
+        say(f"warning: {error}; the run goes on")
+        return latest
+    prune_checkpoints(folder, keep_last)
+    return folder
+
+
+def prune_checkpoints(newest: Path, keep_last: int) -> None:
+    """Removes what lies beside a checkpoint just written, but for the keep_last - 1 before it."""
+    if dist.get_rank() == 0:
+        others = [path for path in newest.parent.iterdir() if path != newest]
+        kept = sorted((path for path in others if (path / MANIFEST).is_file()), key=step_of, reverse=True)[:keep_last - 1]
+        for path in others:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def find_checkpoint(folders: list[Path]) -> tuple[Path, dict] | None:
+    """Returns the last of the checkpoints that is whole, and its state; warns of each after it. All ranks must call it."""
+    for folder in reversed(folders):
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, damaged_files(folder))
+        damaged = {name for share in shares for name in share}
+        if not damaged:
+            return folder, read_manifest(folder)
+        if dist.get_rank() == 0:
+            print(f"warning: {folder}: this checkpoint is damaged ({', '.join(sorted(damaged))}) and not used", file=sys.stderr)
+    return None
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Returns those of the checkpoint's files that are not as they were written; each rank looks through its share of them."""
+    try:
+        files = sorted(read_manifest(folder)["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [MANIFEST]
+    return [name for name, facts in files[dist.get_rank()::dist.get_world_size()] if not is_whole(folder / name, *facts)]
+
+
+def read_manifest(folder: Path) -> dict:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.pop("sha256") != checksum(manifest):
+        raise ValueError(f"{folder / MANIFEST} is damaged")
+    return manifest
+
+
+def is_whole(file: Path, size: int, expected: str) -> bool:
+    try:
+        return file.stat().st_size == size and checksum(file) == expected
+    except OSError:
+        return False
+
+
+def checksum(content: Path | dict) -> str:
+    if isinstance(content, dict):
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    with open(content, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def find_start(run_dir: Path, from_checkpoint: str, changes: Callable[[dict], list[str]], data_id: str, n_examples: int,
+               allow_changes: bool) -> tuple[Path | None, dict]:
+    """Returns the checkpoint to go on from and its state: the run's own, or else the one given; or (None, {}).
+
+    All ranks must call it. Raises CheckpointError where there is none that is whole, or where it does not belong to this run:
+    `changes` tells from a checkpoint's configuration how the present one differs.
+    """
+    own = list_checkpoints(run_dir)
+    if from_checkpoint and own and Path(from_checkpoint).resolve().is_relative_to(run_dir.resolve()):
+        raise CheckpointError(f"model.from_checkpoint={from_checkpoint} is this run's own, which goes on from its last one by "
+                              "itself; to go back to an earlier one delete those after it")
+    found = find_checkpoint(own or (list_checkpoints(Path(from_checkpoint)) if from_checkpoint else []))
+    if not found:
+        if own or from_checkpoint:
+            raise CheckpointError(f"{run_dir if own else from_checkpoint}: there is no whole checkpoint" +
+                                  ("; delete the folder to begin anew" if own else ""))
+        return None, {}
+    folder, state = found
+    different = changes(state["config"])
+    if state["data"] != data_id:
+        different.append("the rows: other files or weights, or tokenised by another tokenizer or version")
+    if different and not allow_changes:
+        raise CheckpointError(f"{folder}: this run began differently: {'; '.join(different)}. Go back to that, choose another "
+                              "exp_name, or set allow_changes=true")
+    if state["counter"] > n_examples:
+        raise CheckpointError(f"{folder}: {state['counter']} examples are trained already, more than the {n_examples} asked for")
+    return folder, state
+
+
+def is_final(folder: Path, counter: int) -> bool:
+    try:
+        return json.loads((folder / "metrics.json").read_text())["counter"] == counter
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Yields a list to which SIGTERM and SIGINT are added, instead of ending the process."""
+    caught, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export: folders for transformers and PEFT
+
+
+def export_model(folder: Path, model, tokenizer, n_steps: int, metrics: dict, settings: dict, merged: bool = False,
+                 checkpoint: Path | None = None) -> None:
+    """Writes a folder for transformers and PEFT: the model, or of LoRA the adapter and if `merged` the model too, the tokenizer,
+    the last metrics, the run's settings, and the checkpoint, if it is of this step.
+
+    All ranks must call it; raises CheckpointError on all.
+    """
+    with written_whole(folder) as partial:
+        if settings["model"]["use_peft"]:
+            write_gathered(model, lambda parts: save_adapter(partial / "adapter", model, next(parts)), trained_only=True)
+        if merged or not settings["model"]["use_peft"]:
+            write_gathered(model, lambda parts: save_model(partial, model, (merge_lora(model, part) for part in parts)), 5e9)
+        if dist.get_rank() == 0:
+            tokenizer.save_pretrained(partial)
+            schedule = {"step": metrics["step"], "total_steps": n_steps, "warmup": settings["warmup"], "lr": settings["lr"]}
+            for file, content in {"metrics": metrics, "scheduler": schedule, "sft_config": settings}.items():
+                (partial / f"{file}.json").write_text(json.dumps(content, indent=2))
+            if checkpoint and step_of(checkpoint) == metrics["step"]:
+                shutil.copytree(checkpoint, partial / "checkpoint", copy_function=link_or_copy)
+
+
+def write_gathered(model: nn.Module, write: Callable[[Iterator[dict]], None], limit: float = math.inf,
+                   trained_only: bool = False) -> None:
+    """Calls write(gather_in_parts(...)) on rank 0. All ranks must call it; raises CheckpointError on all where it fails."""
+    parts = gather_in_parts(model, limit, trained_only)
+    with failing_together(CheckpointError):
+        try:
+            if dist.get_rank() == 0:
+                write(parts)
+        finally:
+            for _ in parts:  # gathering takes all ranks, also where rank 0 can't write
+                pass
+
+
+def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Writes a state dict that comes in parts, tied weights once, as transformers does: safetensors and configurations."""
+    files = []
+    for part in parts:
+        model.save_pretrained(folder, state_dict=part, max_shard_size="10TB")
+        files.append((folder / "model.safetensors").rename(folder / f"part-{len(files)}.safetensors"))
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    weight_map, total = {}, 0
+    for i, file in enumerate(files, 1):
+        file = file.rename(folder / f"model-{i:05}-of-{len(files):05}.safetensors")
+        total += file.stat().st_size
+        with safe_open(file, "pt") as tensors:
+            weight_map |= dict.fromkeys(tensors.keys(), file.name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # takes no room, and lasts when the source is deleted
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,251 @@
+"""What a run writes and shows: metrics.jsonl, the progress bar, trackers, the example at its start, the summary at its end."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from configs.base import one_line
+
+
+class LogError(Exception):
+    """A tracker that can't be used, in one line."""
+
+
+class WandbTracker:
+    """Weights & Biases, which sends from a process of its own. Raises LogError where its server does not answer."""
+
+    def __init__(self, run_dir: Path, settings: dict):
+        import wandb
+        try:
+            self.run = wandb.init(project=settings["wandb"]["project"], name=settings["exp_name"], dir=run_dir,
+                                  config=settings, resume="allow",
+                                  id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+                                  settings=wandb.Settings(init_timeout=15))
+        except wandb.Error as error:
+            raise LogError(f"wandb.enabled=true: W&B can't be reached: {one_line(error)}; WANDB_MODE=offline logs to "
+                           f"{run_dir}/wandb, for `wandb sync`") from error
+
+    def log(self, record: dict) -> None:
+        self.run.log(record, step=record["counter"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoardTracker:
+    def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(run_dir / "tensorboard")
+
+    def log(self, record: dict) -> None:
+        for key, value in record.items():
+            if value is not None:
+                self.writer.add_scalar(key, value, record["counter"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def make_trackers(run_dir: Path, settings: dict) -> list:
+    """Returns those that the settings, the run's configuration, ask for; each has log(record) and close()."""
+    wanted = [WandbTracker(run_dir, settings)] if settings["wandb"]["enabled"] else []
+    return wanted + ([TensorBoardTracker(run_dir)] if settings["tensorboard"] else [])
+
+
+class Log:
+    """metrics.jsonl, the progress bar and the trackers, written by rank 0.
+
+    It goes on from the records of `resumed_from`, a checkpoint, where there is one. `flops` are count_flops'.
+    """
+
+    def __init__(self, run_dir: Path, resumed_from: Path | None, counter: int, n_examples: int, device: torch.device,
+                 flops: tuple[float, float, float], settings: dict):
+        self.rank, self.device, self.records, self.last = dist.get_rank(), device, [], {}
+        self.flops, self.peak_flops = flops, peak_flops(device)
+        self.clock = self.started = time.perf_counter()
+        lines = (resumed_from / "metrics.jsonl").read_text() if resumed_from else ""
+        for line in lines.splitlines():
+            self.records.append(json.loads(line))
+            self.last |= self.records[-1]
+        if self.rank == 0:
+            (run_dir / "metrics.jsonl").write_text(lines)  # what came after the checkpoint is trained and logged again
+            self.out, self.trackers = open(run_dir / "metrics.jsonl", "a"), make_trackers(run_dir, settings)
+        self.bar = tqdm(total=n_examples, initial=counter, unit=" examples", desc="training", disable=self.rank > 0)
+        self.counter, self.n_microbatches = counter, 0  # examples before this step, and what is computed of it
+
+    def add_microbatch(self, batch: dict) -> None:
+        """Moves the bar within a step."""
+        self.n_microbatches += 1
+        self.bar.update(self.counter + batch["n_examples"] * self.n_microbatches // batch["n_microbatches"] - self.bar.n)
+
+    def add_step(self, step: int, counter: int, skipped: int, lr: float, grad_norm: float, means: dict, batch: dict) -> None:
+        """batch: the step's last, for the counts of the whole step."""
+        now = time.perf_counter()
+        seconds, self.clock, self.counter, self.n_microbatches = now - self.clock, now, counter, 0
+        record = {"step": step, "counter": counter, "lr": lr, "grad_norm": grad_norm, **means, "skipped_steps": skipped,
+                  "target_fraction": batch["global_target_count"] / batch["global_token_count"],
+                  "tokens_per_second": batch["global_token_count"] / seconds,
+                  "examples_per_second": batch["n_examples"] / seconds,
+                  "peak_memory_gb": peak_memory(self.device) / 1e9}
+        if self.peak_flops:
+            counts = batch["global_token_count"], batch["global_target_count"], batch["global_squared_lengths"]
+            needed = sum(count * flops for count, flops in zip(counts, self.flops))
+            record["mfu"] = needed / seconds / (dist.get_world_size() * self.peak_flops)
+        self.write(record)
+        self.bar.set_postfix_str(f"step {step}, loss {means['loss/train']:.3f}, lr {lr:.1e}, grad norm {grad_norm:.2f}, "
+                                 f"{record['tokens_per_second']:,.0f} tokens/s", refresh=False)
+
+    def add_evaluation(self, step: int, counter: int, means: dict) -> None:
+        self.write({"step": step, "counter": counter, **means})
+        self.say(f"step {step}: held-out loss {means['loss/eval']:.4f}")
+
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Says on the progress bar what is done between two steps, and keeps its time out of the second's."""
+        self.bar.set_description(what)
+        try:
+            yield
+        finally:  # a run may go on where it can't save
+            self.bar.set_description("training")
+            self.clock = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            self.bar.write(text)
+
+    def write(self, record: dict) -> None:
+        record = {key: value if math.isfinite(value) else None for key, value in record.items()}  # JSON has no other number
+        self.last |= record
+        self.records.append(record)
+        if self.rank == 0:
+            print(json.dumps(record), file=self.out, flush=True)
+            for tracker in self.trackers:
+                tracker.log(record)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.rank == 0:
+            self.out.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+    def summary(self, questions: list[dict], answers: dict[int, list[str]], final: Path) -> str:
+        """Returns what a run ends with; answers are by step, as show_answers takes them."""
+        steps = [record for record in self.records if record.get("loss/train") is not None]
+        evals = [record["loss/eval"] for record in self.records if "loss/eval" in record]
+        lines = [f"{self.last['step']} steps, {time.perf_counter() - self.started:.0f} s since the start, "
+                 f"peak memory {self.last.get('peak_memory_gb', 0):.1f} GB"]
+        if steps:
+            lines.append(f"loss/train {steps[0]['loss/train']:.4f} → {steps[-1]['loss/train']:.4f}")
+        if len(steps) >= 10:
+            lines.append(plot([record["loss/train"] for record in steps]))
+        if evals:
+            lines.append(f"loss/eval {evals[0]:.4f} → {evals[-1]:.4f}")
+        if questions:
+            lines.append(show_answers(questions, answers))
+        return "\n".join([*lines, f"saved to {final}; to talk to it: python generate.py {final}"])
+
+
+def count_flops(model) -> tuple[float, float, float]:
+    """Returns what a training step needs of FLOPs for each (token, target, squared document length), the lengths summed.
+
+    A weight of a matrix takes 2 in the forward, 2 for the gradient of its input, and 2 for its own if it is trained. The
+    head's take them for targets only. Attention takes 2 * 2 * length² / 2 * width in the forward and twice that after it.
+    """
+    config, head, embeddings = model.config.get_text_config(), model.get_output_embeddings().weight, model.get_input_embeddings()
+    heads = getattr(config, "num_attention_heads", 0)  # a state space model has none
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+
+    def flops(weight) -> int:
+        return weight.numel() * (6 if weight.requires_grad else 4)
+
+    body = sum(flops(weight) for weight in model.parameters()
+               if weight.ndim == 2 and weight is not head and weight is not embeddings.weight)
+    return body, flops(head), 6 * config.num_hidden_layers * width
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns bytes: the most the device's tensors have held at once, or on a CPU the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Returns the device's dense bf16 FLOP/s as its maker states them, None where this table does not know it."""
+    peaks = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in peaks.items() if key in name), None)
+
+
+def plot(values: list[float], width: int = 72, height: int = 10) -> str:
+    """Draws a curve in text; each column is the mean of its share of the values."""
+    columns = [float(np.mean(part)) for part in np.array_split(values, min(width, len(values)))]
+    low, high = min(columns), max(columns)
+    rows = [round((value - low) / ((high - low) or 1) * (height - 1)) for value in columns]
+    lines = []
+    for row in reversed(range(height)):
+        label = {height - 1: f"{high:.3f}", 0: f"{low:.3f}"}.get(row, "")
+        lines.append(f"{label:>8} │" + "".join("•" if at == row else " " for at in rows))
+    return "\n".join([*lines, " " * 9 + "└" + "─" * len(columns)])
+
+
+def describe_run(tokenizer, train, n_examples: int, n_steps: int, n_eval: int, n_held_out: int, model, packing: bool,
+                 resumed_from: Path | None) -> str:
+    """Returns the lines that a run begins with."""
+    parameters = list(model.parameters())
+    n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    lines = [
+        show_example(tokenizer, *train.rows[train.ids[0]]),
+        f"train: {'; '.join(f'{count:,} {name}' for name, count in train.rows.counts.items())}",
+        f"eval: {n_eval} of {n_held_out} held-out rows" if n_held_out else
+        "eval: nothing is held out; eval_fraction=0.05 would hold out a twentieth of the rows, eval_datasets=[FILE] a file",
+        f"model: {sum(parameter.numel() for parameter in parameters) / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M trained, on "
+        f"{dist.get_world_size()} x {parameters[0].device.type}",
+        f"steps: {n_steps}, of {n_examples:,} examples, {'packed' if packing else 'padded'}"]
+    return "\n".join([*lines, *([f"resumed from {resumed_from}"] if resumed_from else [])])
+
+
+def show_example(tokenizer, ids: np.ndarray, trained: np.ndarray) -> str:
+    """Returns the row's text with its targets in green, or in ⟦brackets⟧ where the output is not a terminal."""
+    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    parts = []
+    for is_target, group in itertools.groupby(zip(ids.tolist(), trained.tolist()), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group])
+        parts.append(f"{before}{text}{after}" if is_target else text)
+    return "--- an example; what is trained is marked\n" + "".join(parts) + "\n---"
+
+
+def show_answers(questions: list[dict], answers: dict[int, list[str]], n_samples: int = 8) -> str:
+    """Returns a few of the last answers, and the part that is exactly right by skill, at each step that answered.
+
+    questions [{"prompt", "expected", "skill"}], answers {step: their texts in the same order}.
+    """
+    lines = [f"--- held-out prompts, answered after step {max(answers)}"]
+    last = list(zip(questions, answers[max(answers)]))
+    one_of_each = {question["skill"]: (question, text) for question, text in reversed(last)}
+    for question, text in ([*one_of_each.values()] if len(one_of_each) > 1 else last)[:n_samples]:
+        sign = "✓" if is_right(question, text) else f"✗ (expected {question['expected']!r})"
+        lines.append(f"{question['prompt']} → {text} {sign}")
+    lines.append(f"--- exactly right, in %{'':7}" + "".join(f"{f'step {step}':>10}" for step in answers))
+    for skill in [*sorted({*one_of_each} - {"all"}), "all"]:
+        rights = [[is_right(question, text) for question, text in zip(questions, texts) if skill in (question["skill"], "all")]
+                  for texts in answers.values()]
+        lines.append(f"{skill:<30}" + "".join(f"{100 * sum(right) / len(right):10.0f}" for right in rights))
+    return "\n".join(lines)
+
+
+def is_right(question: dict, text: str) -> bool:
+    return text.strip() == question["expected"].strip()

@@ -1,0 +1,467 @@
+"""Runs that are killed, stopped, starved or given bad numbers: what is left of them, and where the same command ends."""
+
+import atexit
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from multiprocessing import connection
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch, process_of_one, write_model
+from forked import Forked, run_file, run_forked, run_ranks, run_script, run_well
+from safetensors.torch import load_file, save_file
+
+from benchmarks.kill import family, read_records
+from checkpoint import CheckpointError, checksum, find_checkpoint, list_checkpoints, load_checkpoint, lock, prune_checkpoints
+from configs.base import ModelConfig
+from fsdp_utils import end_process, init_processes, make_mesh, shard_model
+from model_utils import load_tokenizer
+from sft import make_model, make_optimizer
+
+pytestmark = pytest.mark.slow
+SFT = ROOT / "sft.py"
+CONFIG = """
+from configs.base import Config, ModelConfig
+
+config = Config(datasets=["train.jsonl"], eval_datasets=["test.jsonl"], cache_dir="runs", lr=1e-2, weight_decay=0.1, seed=7,
+                n_epochs=3, save_every=16, eval_every=56,
+                model=ModelConfig(name_or_path="model", batch_size=8, max_length=96, max_prompt_length=48))
+"""
+N_ROWS = 40  # 5 steps an epoch, 15 in all, a checkpoint at each second one, an evaluation at each seventh, and both at the end
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_model(folder / "model")
+    rows = [{"prompt": "AB" * (i % 7 + 1), "completion": "CD" * (i % 5 + 1)} for i in range(N_ROWS)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    (folder / "config.py").write_text(CONFIG)
+    return folder
+
+
+def command(name: str, *overrides: str) -> list:
+    return [SFT, "--config", "config.py", f"exp_name={name}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def straight(folder) -> Path:
+    run_well(*command("straight"), n_processes=2, cwd=folder)
+    records = read_records(folder / "runs/straight")
+    assert [record["step"] for record in records if "loss/train" in record] == [*range(1, 16)]
+    assert [record["step"] for record in records if "loss/eval" in record] == [0, 7, 14, 15]
+    return folder / "runs/straight"
+
+
+def copy_of(straight: Path, name: str, *ignored: str) -> Path:
+    return shutil.copytree(straight, straight.with_name(name), ignore=shutil.ignore_patterns(*ignored))
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert read_records(run) == read_records(other)
+    assert (run / "FINAL/model.safetensors").read_bytes() == (other / "FINAL/model.safetensors").read_bytes()
+
+
+@contextlib.contextmanager
+def torchrun(folder: Path, *argv, options: tuple = ("--standalone", "--nproc_per_node=2")) -> Iterator[subprocess.Popen]:
+    """A command under torchrun, which is killed with all its processes if it is left alive."""
+    process = launch(argv, options, cwd=folder)
+    try:
+        yield process
+    finally:
+        for pid in family(process.pid) if process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
+
+
+def pid_of(rank: int, process: subprocess.Popen) -> int:
+    for pid in family(process.pid)[1:]:
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
+    raise AssertionError(f"no rank {rank}")
+
+
+def wait_for_step(step: int, process: subprocess.Popen | Forked, run: Path) -> None:
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("loss/train") < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed and stopped
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(seed):
+    assert "bit for bit" in run_well(ROOT / "benchmarks/kill.py", "--kills", 2, "--rows", 192, "--seed", seed, timeout=400)
+
+
+@pytest.mark.parametrize("rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(folder, straight, rank, number):
+    name = f"stopped-{rank}"
+    run = folder / "runs" / name
+    with Forked(2, run_file, command(name), folder) as ranks:
+        wait_for_step(3, ranks, run)
+        os.kill(ranks.processes[rank].pid, number)
+        stdout, stderr = ranks.communicate()
+    assert ranks.returncode == 0, stderr
+    step = read_records(run)[-1]["step"]
+    assert 3 <= step < 15 and not (run / "FINAL").exists()
+    assert f"stopped by a signal after step {step}; the same command goes on from runs/{name}/checkpoints/step-{step}" in stdout
+    assert f"resumed from runs/{name}/checkpoints/step-{step}\n" in run_well(*command(name), n_processes=2, cwd=folder)
+    assert_same(run, straight)
+
+
+LOST = {"start": ["FINAL", "checkpoints"], "middle": ["FINAL", "step-15"], "middle, in the old format": ["FINAL", "step-15"],
+        "end": ["FINAL"]}
+
+
+@pytest.mark.parametrize("at", LOST)
+def test_a_run_goes_on_with_the_evaluation_that_is_due(folder, straight, at):
+    """A checkpoint is written before its step's evaluation, and at the end before FINAL too."""
+    run = copy_of(straight, f"from the {at}", *LOST[at])
+    (run / "FINAL.partial").mkdir()
+    if at == "middle, in the old format":
+        file = run / "checkpoints/step-14/checkpoint.json"
+        manifest = json.loads(file.read_text())
+        manifest["skipped_in_a_row"] = manifest.pop("consecutive_skips")
+        del manifest["sha256"]
+        file.write_text(json.dumps(manifest | {"sha256": checksum(manifest)}))
+    run_well(*command(run.name), n_processes=2, cwd=folder)
+    assert_same(run, straight)
+    assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".old")]
+
+
+def test_final_is_written_anew_where_there_is_nothing_to_evaluate(folder, straight):
+    run = copy_of(straight, "unevaluated", "FINAL")
+    run_well(*command("unevaluated", "eval_datasets=[]"), n_processes=2, cwd=folder)
+    assert read_records(run) == read_records(straight)[:-1]
+    assert (run / "FINAL/model.safetensors").read_bytes() == (straight / "FINAL/model.safetensors").read_bytes()
+
+
+def run_to_its_end(argv: list, cwd: Path) -> None:
+    atexit.register(os.write, 2, b"<handlers ran>")
+    try:
+        run_file(argv, cwd)
+    finally:
+        os.write(2, b"<torn down>")  # by now it would be
+
+
+@pytest.mark.parametrize("name, override, code, says", [
+    ("ended", "seed=7", 0, "saved to runs/ended/FINAL"), ("straight", "seed=7", 0, "finished already"),
+    ("straight", "model.batch_size=4", 1, "began differently: model.batch_size")], ids=["end", "finished", "error"])
+def test_a_run_ends_without_tearing_python_down(folder, straight, name, override, code, says):
+    """A gloo thread that lets go of a collective's tensors meanwhile would abort it, once in hundreds of runs."""
+    done = run_forked(2, run_to_its_end, command(name, override), folder)
+    assert done.returncode == code and says in done.stdout + done.stderr, done.stderr
+    assert done.stderr.count("<handlers ran>") == (1 if code else 2)  # where one fails the other is ended
+    assert "<torn down>" not in done.stderr
+
+
+def test_torchrun_restarts_a_run_whose_worker_is_killed(folder, straight):
+    run = folder / "runs/restarted"
+    options = ("--standalone", "--nproc_per_node=2", "--max-restarts=3")
+    with torchrun(folder, *command("restarted"), options=options) as process:
+        wait_for_step(5, process, run)
+        os.kill(pid_of(1, process), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "resumed from runs/restarted/checkpoints/step-" in stdout
+    assert_same(run, straight)
+
+
+def test_a_rank_that_is_stuck_ends_the_run_with_a_line(folder):
+    with Forked(2, run_file, command("stuck", "timeout_minutes=0.1"), folder) as ranks:
+        wait_for_step(2, ranks, folder / "runs/stuck")
+        first, stuck = ranks.processes
+        os.kill(stuck.pid, signal.SIGSTOP)
+        assert connection.wait([first.sentinel], 60)
+        stuck.kill()  # as torchrun does, half a minute later
+        _, stderr = ranks.communicate()
+    assert ranks.returncode == 1
+    (line,) = [line for line in stderr.splitlines() if line.startswith("sft.py: ")]
+    assert line.startswith("sft.py: rank 0: another rank has ended, or has not answered for 0.1 minutes")
+
+
+def test_two_agents_train_as_one(folder, straight):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=x",
+               "--local-addr=127.0.0.1")
+    with torchrun(folder, *command("two-agents"), options=options) as one, \
+            torchrun(folder, *command("two-agents"), options=options) as other:
+        for process in (one, other):
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr
+    assert_same(folder / "runs/two-agents", straight)
+
+
+def test_a_finished_run_is_left_alone_and_goes_on_if_asked_for_more(folder, straight):
+    run = copy_of(straight, "finished")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"}
+    assert "finished already: runs/finished/FINAL" in run_well(*command("finished"), n_processes=2, cwd=folder)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"} == before
+    shutil.rmtree(run / "checkpoints")  # FINAL has one too
+    said = run_well(*command("finished", "n_epochs=4"), n_processes=2, cwd=folder)
+    assert "resumed from runs/finished/FINAL/checkpoint\n" in said
+    records, its = read_records(run), read_records(straight)
+    assert records[:len(its) - 1] == its[:-1]  # all but the evaluation that was its last, and is none of the longer run's
+    assert [record["step"] for record in records[len(its) - 1:]] == [*range(16, 21), 20]
+    assert json.loads((run / "FINAL/metrics.json").read_text())["counter"] == 4 * N_ROWS
+    assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".old")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Found
+
+
+@pytest.fixture
+def saved(straight, tmp_path):
+    """A copy of two checkpoints of two ranks."""
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    with process_of_one():
+        init_processes()
+        yield tmp_path
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+FILES = ["checkpoint.json", "metrics.jsonl", *(f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))]
+DAMAGES = {"a bit": lambda file: flip(file, file.stat().st_size // 2), "the last bit": lambda file: flip(file, -2),
+           "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]), "longer": lambda file: file.open("a").write("0"),
+           "empty": lambda file: file.write_bytes(b""), "gone": lambda file: file.unlink(),
+           "a folder": lambda file: (file.unlink(), file.mkdir())}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, capsys, file, damage):
+    DAMAGES[damage](saved / "checkpoints/step-15" / file)
+    found, state = find_checkpoint(list_checkpoints(saved))
+    assert found == saved / "checkpoints/step-14" and state["counter"] == 14 * 8
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == f"warning: {saved / 'checkpoints/step-15'}: this checkpoint is damaged ({file}) and not used"
+
+
+def test_of_whole_checkpoints_the_one_with_the_most_steps_is_found(saved, capsys):
+    for name in ("step-16.partial", "step-16.old"):
+        shutil.copytree(saved / "checkpoints/step-15", saved / "checkpoints" / name)
+    (saved / "checkpoints/step-14").rename(saved / "checkpoints/step-9")  # by number, not by the alphabet
+    found, _ = find_checkpoint(list_checkpoints(saved))
+    assert found.name == "step-15"
+    shutil.copytree(saved / "checkpoints/step-15", saved / "FINAL/checkpoint")
+    shutil.rmtree(saved / "checkpoints")
+    for folder in (saved, saved / "FINAL", saved / "FINAL/checkpoint"):
+        assert find_checkpoint(list_checkpoints(folder))[0] == saved / "FINAL/checkpoint"
+    (saved / "FINAL/checkpoint/checkpoint.json").unlink()
+    assert list_checkpoints(saved) == [] and find_checkpoint([]) is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("keep_last, kept", [(1, {"step-8"}), (2, {"step-8", "step-15"}), (3, {"step-8", "step-14", "step-15"})])
+def test_pruning_keeps_the_newest_whatever_it_is_called(saved, keep_last, kept):
+    shutil.copytree(saved / "checkpoints/step-14", saved / "checkpoints/step-8")
+    shutil.copytree(saved / "checkpoints/step-14", saved / "checkpoints/step-16.partial")
+    (saved / "checkpoints/step-16.partial/checkpoint.json").unlink()
+    prune_checkpoints(saved / "checkpoints/step-8", keep_last)
+    assert {path.name for path in (saved / "checkpoints").iterdir()} == kept
+
+
+OTHERS = {  # name → (what is another's, what is said of it)
+    "of fewer layers": ({"num_hidden_layers": 1}, "it holds model.layers.1.input_layernorm.weight, which the model has not"),
+    "of more layers": ({"num_hidden_layers": 3}, "Missing key in checkpoint state_dict: model.layers.2.input_layernorm.weight."),
+    "wider": ({"intermediate_size": 128}, "Size mismatch between saved torch.Size([32, 64]) and current: torch.Size([32, 128]) "
+                                          "for model.layers.0.mlp.down_proj.weight"),
+    "tied": ({"tie_word_embeddings": True}, "it holds lm_head.weight, which the model has not")}
+
+
+def load_into_others(folder: Path, checkpoint: Path, errors: Path) -> None:
+    rank, _, device = init_processes()
+    config = json.loads((folder / "model/config.json").read_text())
+    known = {key: config[key] for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "attention_bias",
+                                          "num_attention_heads", "num_key_value_heads", "vocab_size")}
+    tokenizer, texts = load_tokenizer(str(folder / "model"), ""), {}
+    for name, (changes, _) in ({"the same": ({}, "")} | OTHERS).items():
+        model = make_model(ModelConfig(random_init=known | changes), tokenizer, 2, "", device)
+        shard_model(model, make_mesh(device), "target_logps")
+        optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
+        try:
+            load_checkpoint(checkpoint, model, optimizer)
+        except CheckpointError as error:
+            texts[name] = str(error)
+    (errors / f"{rank}.json").write_text(json.dumps(texts))
+    end_process()
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder, straight, tmp_path):
+    run_ranks(2, load_into_others, folder, straight / "checkpoints/step-15", tmp_path)
+    texts, its = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert texts == its and texts.keys() == OTHERS.keys()
+    for name, (_, says) in OTHERS.items():
+        assert texts[name] == f"{straight}/checkpoints/step-15: does not fit the model: {says}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused
+
+
+@pytest.fixture(scope="module")
+def refused(folder, straight) -> dict:
+    changed = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    changed[3]["completion"] += "E"
+    (folder / "changed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    for file in copy_of(straight, "damaged", "FINAL").rglob("shard-00001*"):
+        file.write_bytes(b"")
+    copy_of(straight, "rewound")
+    (folder / "a file").write_text("")
+    locked = lock(folder / "runs/locked")
+    done = {name: run_script(*command(*argv), cwd=folder) for name, (argv, _) in REFUSED.items()}  # not at once: they lock
+    locked.close()
+    return done
+
+
+REFUSED = {  # name → (the name of the run and overrides, parts of the line)
+    "another rate": (["straight", "lr=2e-2"], ["checkpoints/step-15: this run began differently: lr: 0.01 then, 0.02 now. Go"]),
+    "two keys": (["straight", "model.batch_size=4", "warmup=0.5"], ["warmup: 0.1 then, 0.5 now; model.batch_size: 8 then, 4"]),
+    "other rows": (["straight", "datasets=[changed.jsonl]"], ["differently: the rows: other files"]),
+    "another model": (["straight", "model.random_init={\"model_type\": \"llama\"}"], ["model.random_init: None then, "]),
+    "fewer epochs": (["straight", "n_epochs=2"], ["120 examples are trained already, more than the 80 asked for"]),
+    "no whole checkpoint": (["damaged"], ["runs/damaged: there is no whole checkpoint; delete the folder to begin anew"]),
+    "a second run": (["locked"], ["runs/locked: another run is writing there; wait for it to end or choose another exp_name"]),
+    "its own checkpoint": (["rewound", "model.from_checkpoint=runs/rewound/checkpoints/step-14"], ["is this run's own"]),
+    "not a checkpoint": (["new", "model.from_checkpoint=model"], ["model: there is no whole checkpoint"]),
+    "nowhere to write": (["new", "cache_dir=a file"], ["a file/new: can't be written to: Not a directory"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_t_be_resumed_is_refused_in_one_line(refused, name):
+    _, parts = REFUSED[name]
+    assert refused[name].returncode == 1
+    *warnings, line = refused[name].stderr.splitlines()
+    assert line.startswith("sft.py: ") and all(part in line for part in parts)
+    assert all(warning.startswith("warning: ") for warning in warnings) and bool(warnings) == (name == "no whole checkpoint")
+
+
+def test_a_refused_run_leaves_everything_as_it_was(refused, straight):
+    assert (straight / "FINAL/model.safetensors").exists() and len(read_records(straight)) == 15 + 4
+    assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step-14", "step-15"}
+
+
+def test_a_change_is_allowed_where_it_is_asked_for(folder, straight):
+    run = copy_of(straight, "allowed", "FINAL", "step-15")
+    run_well(*command("allowed", "lr=2e-2", "allow_changes=true"), n_processes=2, cwd=folder)
+    (*own, step, _), (*its, its_step, _) = read_records(run), read_records(straight)
+    assert own == its and step["counter"] == its_step["counter"] and step["loss/train"] == its_step["loss/train"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A full disk
+
+
+def test_a_checkpoint_that_can_t_be_written_leaves_the_one_before_it(folder, straight):
+    """The largest file that a process may write is set too small for a checkpoint, once one is there."""
+    run = copy_of(straight, "full", "FINAL", "step-15")
+    limit = max(file.stat().st_size for file in (straight / "checkpoints/step-15").iterdir()) - 1
+    for stops in (True, False):
+        with Forked(2, run_file, command("full", f"stop_if_save_fails={stops}".lower()), folder) as ranks:
+            for process in ranks.processes:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+            stdout, stderr = ranks.communicate()
+        code = ranks.returncode
+        assert not [path for path in run.rglob("*") if path.suffix == ".partial"]
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-14"}
+        said = [line for line in (stdout + stderr).splitlines() if "step-15: can't be written: " in line]
+        assert len(said) == 1 and said[0].count("File too large") == 1
+        if stops:
+            assert code == 1 and said[0].startswith("sft.py: runs/full/checkpoints/step-15: can't be written: ")
+            assert said[0].endswith("the last whole checkpoint: runs/full/checkpoints/step-14") and not (run / "FINAL").exists()
+        else:  # FINAL is smaller than a checkpoint
+            assert code == 0 and said[0].startswith("warning: ") and said[0].endswith("the run goes on")
+            assert (run / "FINAL/model.safetensors").exists() and not (run / "FINAL/checkpoint").exists()
+    run_well(*command("full"), n_processes=2, cwd=folder)
+    assert_same(run, straight)
+
+
+def test_a_full_disk_is_said_in_one_line(folder, straight, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        (tmp_path / "runs").mkdir()
+        (folder / "small").symlink_to(tmp_path / "runs")
+        done = run_script(*command("small", "cache_dir=small", "save_every=8"), n_processes=2, cwd=folder)
+        assert done.returncode == 1
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("sft.py: ")]
+        assert line.count("No space left on device") == 1 and "can't be written" in line
+        whole = [path for path in (tmp_path / "runs/small/checkpoints").glob("*")]
+        assert all(path.suffix == "" and (path / "checkpoint.json").exists() for path in whole)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad numbers
+
+
+@pytest.fixture(scope="module")
+def bad(folder) -> Path:
+    """The model, but for one token: where it is read, the loss is not a number. Every 20th row holds it."""
+    shutil.copytree(folder / "model", folder / "bad")
+    weights = load_file(folder / "model/model.safetensors")
+    from transformers import AutoTokenizer
+    token = AutoTokenizer.from_pretrained(folder / "model").convert_tokens_to_ids("X")
+    weights["model.embed_tokens.weight"][token] = math.nan
+    save_file(weights, folder / "bad/model.safetensors", metadata={"format": "pt"})
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for row in rows[::20]:
+        row["prompt"] += "X"
+    (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+BAD = ["model.name_or_path=bad", "datasets=[bad.jsonl]", "n_epochs=2"]
+
+
+def test_a_step_of_bad_numbers_is_skipped_on_all_ranks_and_counted(bad, straight):
+    run_well(*command("skipping", *BAD), n_processes=2, cwd=bad)
+    records = [record for record in read_records(bad / "runs/skipping") if "loss/train" in record]
+    skipped = [record["loss/train"] is None for record in records]
+    assert 2 <= sum(skipped) <= 4 and not all(skipped)  # two rows an epoch, in one step or in two
+    assert [record["skipped_steps"] for record in records] == [sum(skipped[:i + 1]) for i in range(10)]
+    for record, bad_one in zip(records, skipped):
+        assert (record["grad_norm"] is None) == bad_one and (bad_one or record["loss/train"] > 0)
+    weights = load_file(bad / "runs/skipping/FINAL/model.safetensors")
+    finite = {name: tensor.isfinite().float().mean() for name, tensor in weights.items()}
+    assert {name for name, part in finite.items() if part < 1} == {"model.embed_tokens.weight"}  # in the one row, as before
+    assert weights["model.embed_tokens.weight"].isnan().any(1).sum() == 1
+    state = [load_file(file) for file in (bad / "runs/skipping/FINAL/checkpoint").glob("*.safetensors")]
+    steps = {tensor.item() for shard in state for name, tensor in shard.items() if name.endswith(".step")}
+    assert steps == {10 - sum(skipped)}  # as often AdamW was called
+
+
+def test_too_many_bad_steps_end_the_run_and_name_the_rows(bad):
+    done = run_script(*command("failing", *BAD, "max_skipped_steps=1", "save_every=8"), n_processes=2, cwd=bad)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sft.py: ")]
+    step = read_records(bad / "runs/failing")[-1]["step"]
+    latest = f"runs/failing/checkpoints/step-{step - 1}" if step > 1 else "None"
+    assert f"step {step}: the loss or the gradient is not finite, 1 consecutive steps; the last good checkpoint: {latest}" in line
+    places = line.partition("the step's rows: ")[2].split(", ")
+    assert len(set(places)) == 8 and {"bad.jsonl:1", "bad.jsonl:21"} & set(places)
