@@ -359,9 +359,10 @@ def load_examples(encoder: ChatEncoder, datasets: Sequence[str], eval_datasets: 
     """
     entries = [parse_weight(entry) for entry in datasets]
     paths = [fetch(name, "train", cache_dir, conditional) for name, _ in entries]
-    rows = tokenise(list_files(paths), encoder, cache_dir)
+    files = [list_files([path]) for path in paths]
+    rows = tokenise(sum(files, []), encoder, cache_dir)
     train_ids, eval_ids = split_rows(len(rows), eval_fraction, seed)
-    weights = np.repeat([weight for _, weight in entries], [len(list_files([path])) for path in paths])
+    weights = np.repeat([weight for _, weight in entries], [*map(len, files)])
     train = Examples(rows, mix(train_ids, weights, rows.file_of, seed))  # after the split: no held-out row is trained on
     if not len(train.ids):
         raise DataError(f"{', '.join(datasets)}: no row is left to train on: of {len(rows)}, {len(eval_ids)} are held out, and a "

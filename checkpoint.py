@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-from fsdp_utils import failing_together, gather_in_parts, say
+from fsdp_utils import failing_together, gather_all, gather_in_parts, say
 from lora import merge_lora, save_adapter
 
 
@@ -120,10 +120,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True))
         with failing_together(CheckpointError):
             mine = {file.name: [file.stat().st_size, checksum(file)] for file in sorted(partial.iterdir())[rank::world_size]}
-        shares = [None] * world_size
-        dist.all_gather_object(shares, mine)
+        files = {name: facts for share in gather_all(mine) for name, facts in share.items()}
         if rank == 0:
-            files = {name: facts for share in shares for name, facts in share.items()}
             manifest = state | {"world_size": world_size, "files": dict(sorted(files.items()))}
             (partial / MANIFEST).write_text(json.dumps(manifest | {"sha256": checksum(manifest)}, indent=2))
 
@@ -185,9 +183,7 @@ def prune_checkpoints(newest: Path, keep_last: int) -> None:
 def find_checkpoint(folders: list[Path]) -> tuple[Path, dict] | None:
     """Returns the last of the checkpoints that is whole, and its state; warns of each after it. All ranks must call it."""
     for folder in reversed(folders):
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, damaged_files(folder))
-        damaged = {name for share in shares for name in share}
+        damaged = {name for share in gather_all(damaged_files(folder)) for name in share}
         if not damaged:
             return folder, read_manifest(folder)
         if dist.get_rank() == 0:

@@ -76,9 +76,17 @@ def end_process(error: str | None = None) -> NoReturn:
 
 
 def say(text: str) -> None:
-    """Prints it once, not on every rank."""
+    """Prints it once, not on every rank, and above a bar that is under way."""
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def gather_all(value) -> list:
+    """Returns every rank's value, which may be anything that pickles, on every rank. All ranks must call it."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -94,9 +102,7 @@ def failing_together(kind: type[Exception], what: str = "") -> Iterator[None]:
         error = "; ".join({str(cause): None for cause, _ in failed.failures.values()})  # what all ranks say is said once
     except (OSError, ValueError, SafetensorError, kind) as cause:
         error = str(cause) or type(cause).__name__
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    if error := next(filter(None, errors), None):
+    if error := next(filter(None, gather_all(error)), None):
         raise kind(": ".join(filter(None, (what, " ".join(error.split())))))
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configs.base import one_line
+from fsdp_utils import say
 
 
 class LogError(Exception):
@@ -109,7 +110,7 @@ class Log:
 
     def add_evaluation(self, step: int, counter: int, means: dict) -> None:
         self.write({"step": step, "counter": counter, **means})
-        self.say(f"step {step}: held-out loss {means['loss/eval']:.4f}")
+        say(f"step {step}: held-out loss {means['loss/eval']:.4f}")
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
@@ -120,10 +121,6 @@ class Log:
         finally:  # a run may go on where it can't save
             self.bar.set_description("training")
             self.clock = time.perf_counter()
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            self.bar.write(text)
 
     def write(self, record: dict) -> None:
         record = {key: value if math.isfinite(value) else None for key, value in record.items()}  # JSON has no other number

@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
 from configs.base import one_line
-from fsdp_utils import ModelError, say
+from fsdp_utils import ModelError, gather_all, say
 from logps import target_logps, whole_batch
 
 try:
@@ -345,8 +345,5 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, batch_size: i
                                     synced_gpus=world_size > 1)
             for i, answer in zip(mine, output[:, ids.shape[1]:].tolist()):
                 answers[i] = list(itertools.takewhile(lambda token: token not in stops, answer))
-    parts = [answers]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, answers)
+    parts = gather_all(answers) if world_size > 1 else [answers]
     return [answer for _, answer in sorted((i, answer) for part in parts for i, answer in part.items())]

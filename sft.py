@@ -229,7 +229,7 @@ def main(config: Config) -> None:
                     state = vars(at) | {"config": settings, "data": data_id}
                     latest = save_latest(run_dir, state, model, optimizer, latest, config.keep_last, config.stop_if_save_fails)
             if stop:
-                return log.say(f"stopped by a signal after step {at.step}; the same command goes on from {latest}")
+                return say(f"stopped by a signal after step {at.step}; the same command goes on from {latest}")
         export_model(run_dir / "FINAL", model, tokenizer, n_steps, log.last, settings, merged=True, checkpoint=latest)
     say(log.summary(questions, answers, run_dir / "FINAL"))
 

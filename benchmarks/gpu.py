@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 import transformers
 from common import describe_machine
-from kill import ROOT, family
+from kill import ROOT, kill_family
 from logp_kernel import compare
 from safetensors.torch import load_file
 
@@ -295,12 +294,6 @@ def work(args, task: str, is_first: bool) -> None:
     parts = {"kernel": time_kernel, "bf16": compare_bf16, "storage": time_storage, "resume": resume}
     parts[task](args, device) if task in parts else time_steps(args, device, task)
     end_process()
-
-
-def kill_family(pid: int) -> None:
-    for member in family(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member, signal.SIGKILL)
 
 
 def main() -> None:

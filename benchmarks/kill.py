@@ -63,6 +63,12 @@ def read_records(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
 
 
+def kill_family(pid: int) -> None:
+    for member in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+
+
 def last_step(run: Path) -> int:
     """Returns the last one whose checkpoint is written or being written."""
     return max((int(path.stem.split("-")[1]) for path in run.glob("checkpoints/step-*")), default=0)
@@ -101,9 +107,7 @@ def main() -> None:
             try:
                 process.wait(timeout=moment if kills < args.kills else None)
             except subprocess.TimeoutExpired:
-                for member in family(process.pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(member, signal.SIGKILL)
+                kill_family(process.pid)
                 process.wait()
                 kills += 1
                 while_saving += bool([*run.glob("**/*.partial")])

@@ -15,12 +15,11 @@ import threading
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from common import describe_machine, print_table, resident
 
 from checkpoint import save_model, write_gathered
 from configs.base import ModelConfig
-from fsdp_utils import end_process, init_processes, make_mesh, shard_model
+from fsdp_utils import end_process, gather_all, init_processes, make_mesh, shard_model
 from model_utils import load_tokenizer, load_weights
 from sft import make_model
 
@@ -55,8 +54,7 @@ def work(args) -> None:
     with tempfile.TemporaryDirectory() as folder, Peak() as writing:
         write_gathered(model, lambda parts: save_model(Path(folder), model, parts), args.part_bytes)
     facts = [loading.anonymous, loading.mapped, writing.anonymous, sum(p.numel() for p in model.parameters()) * 4]
-    everyone = [None] * world_size
-    dist.all_gather_object(everyone, facts)
+    everyone = gather_all(facts)
     if rank == 0:
         print(json.dumps(everyone))
     end_process()

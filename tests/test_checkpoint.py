@@ -20,7 +20,7 @@ from conftest import ROOT, launch, process_of_one, write_model
 from forked import Forked, run_file, run_forked, run_ranks, run_script, run_well
 from safetensors.torch import load_file, save_file
 
-from benchmarks.kill import family, read_records
+from benchmarks.kill import family, kill_family, read_records
 from checkpoint import CheckpointError, checksum, find_checkpoint, list_checkpoints, load_checkpoint, lock, prune_checkpoints
 from configs.base import ModelConfig
 from fsdp_utils import end_process, init_processes, make_mesh, shard_model
@@ -79,8 +79,8 @@ def torchrun(folder: Path, *argv, options: tuple = ("--standalone", "--nproc_per
     try:
         yield process
     finally:
-        for pid in family(process.pid) if process.poll() is None else ():
-            os.kill(pid, signal.SIGKILL)
+        if process.poll() is None:
+            kill_family(process.pid)
 
 
 def pid_of(rank: int, process: subprocess.Popen) -> int:
