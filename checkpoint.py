@@ -1,6 +1,7 @@
 """Whole or absent: what a run leaves on the disk, to go on from (checkpoints) and to use (FINAL); which of it may be resumed."""
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -8,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -87,6 +89,23 @@ def lock(folder: Path):
     except OSError as error:
         raise CheckpointError(f"{folder}: can't be written to: {error.strerror}") from error
     return file
+
+
+def started(run_dir: Path) -> str:
+    """Returns the day on which the run was first started, YYYY-MM-DD: a template may write it, and rows must stay the same.
+
+    All processes may call it at once; the first one's day is everyone's.
+    """
+    file, own = run_dir / "first_day", run_dir / f"first_day.{socket.gethostname()}.{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        own.write_text(datetime.date.today().isoformat())
+        with contextlib.suppress(FileExistsError):
+            os.link(own, file)
+        own.unlink()
+        return file.read_text()
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: can't be written to: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

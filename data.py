@@ -31,19 +31,24 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 # The token cache: tokenised once, memory-mapped by every rank and by later runs
 
-DTYPES = {"ids": np.int32, "trained": np.bool_, "lengths": np.int32, "targets": np.int32, "lines": np.int32, "files": np.int32}
+# A column each; all but the first two have an entry for each example: its length and targets, the file, line and number in its
+# file of the row that it comes from, and which of the row's answers it ends with
+DTYPES = {"ids": np.int32, "trained": np.bool_, "lengths": np.int32, "targets": np.int32, "files": np.int32, "lines": np.int32,
+          "rows": np.int32, "answers": np.int32}
 CHUNK = 256  # rows given to a worker at a time
+BYTES_FOR_WORKERS = 1 << 26  # starting more processes takes seconds; one tokenises by all cores too
 
 
 class TokenisedRows:
-    """Rows with at least one target, on disk: `rows[i]` → (ids, trained) as numpy arrays of equal length."""
+    """Examples with at least one target, on disk: `rows[i]` → (ids, trained) as numpy arrays of equal length."""
 
     def __init__(self, folder: Path, files: list[Path]):
-        self.files, self.counts = files, json.loads((folder / "counts.json").read_text())
+        self.files, self.passed_over = files, []  # what lies beside them and is no file of rows, as far as is known
+        self.counts, self.places = json.loads((folder / "counts.json").read_text())
         self.identity = folder.name  # a hash of all that the tokens follow from
         column = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in DTYPES.items()}
         self.ids, self.trained, self.lengths, self.targets = (column[n] for n in ("ids", "trained", "lengths", "targets"))
-        self.lines, self.file_of = column["lines"], column["files"]
+        self.lines, self.file_of, self.row_of, self.answers = (column[n] for n in ("lines", "files", "rows", "answers"))
         self.offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
 
     def __len__(self) -> int:
@@ -53,13 +58,35 @@ class TokenisedRows:
         start, stop = self.offsets[i], self.offsets[i + 1]
         return self.ids[start:stop], self.trained[start:stop]
 
+    def row_numbers(self) -> np.ndarray:
+        """Returns for each example, (n,) int64, the row that it comes from, counted from 0 over all files."""
+        is_next = (np.diff(self.file_of) != 0) | (np.diff(self.row_of) != 0)
+        return np.cumsum(np.append([0], is_next))
+
+    def check_bad_rows(self, most: float) -> None:
+        """Raises DataError where more than this fraction of the rows is bad."""
+        reasons = {name.removeprefix("bad: "): count for name, count in self.counts.items() if name.startswith("bad: ")}
+        n_bad, n_rows = sum(reasons.values()), self.counts["rows"]
+        if n_bad > most * n_rows:
+            shown = sorted(reasons, key=lambda reason: -reasons[reason])[:8]
+            lines = [f"{n_bad:,} of {n_rows:,} rows can't be used, more than max_bad_rows={most:g} of them:"]
+            lines += [f"{self.place(f'bad: {reason}')}: {reason} ({n:,} row{'s' * (n > 1)})"
+                      for reason, n in ((reason, reasons[reason]) for reason in shown)]
+            lines += [f"and {len(reasons) - len(shown)} more reasons"] if len(reasons) > len(shown) else []
+            raise DataError("\n".join(lines))
+
+    def place(self, name: str) -> str:
+        """Returns file:line of the first of what is counted under this name."""
+        file, line = self.places[name]
+        return f"{self.files[file]}:{line}"
+
     def where(self, i: int) -> str:
         return f"{self.files[self.file_of[i]]}:{self.lines[i]}"
 
 
 class Examples(NamedTuple):
     rows: TokenisedRows
-    ids: np.ndarray  # (n,) int64: which of the rows, in order; one may come more than once
+    ids: np.ndarray  # (n,) int64: which of them, in order; one may come more than once
 
 
 def tokenise(files: list[Path], encoder, cache_dir: str) -> TokenisedRows:
@@ -70,72 +97,84 @@ def tokenise(files: list[Path], encoder, cache_dir: str) -> TokenisedRows:
     killed build is never taken for one. Ranks wait for each other on a file lock, outside any collective, whose timeout a
     large data set would run into.
     """
-    identity, n_lines = hashlib.sha256(f"{encoder.identity} {DTYPES}".encode()), 0
-    for file in files:
-        content = hashlib.sha256(file.suffix.encode())
-        try:
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    content.update(block)
-                    n_lines += block.count(b"\n")
-        except OSError as error:
-            raise DataError(f"{file}: can't be read: {error.strerror}") from error
-        identity.update(content.digest())
-    folder = Path(cache_dir) / "tokens" / identity.hexdigest()[:32]
+    files = [*map(Path, files)]
+    name, n_bytes = name_cache(files, encoder)
+    folder = Path(cache_dir) / "tokens" / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
-                build(folder, files, encoder, n_lines)
+                partial = build(folder, files, encoder, n_bytes)
+                if name_cache(files, encoder)[0] != name:
+                    raise DataError(f"{', '.join(map(str, files))}: changed while being read; start again once that is over")
+                partial.rename(folder)
     except OSError as error:
         raise DataError(f"{folder}: the token cache can't be written: {error.strerror}") from error
     return TokenisedRows(folder, files)
 
 
-def build(folder: Path, files: list[Path], encoder, n_lines: int) -> None:
-    """Writes one flat file a column into `folder`."""
+def name_cache(files: list[Path], encoder) -> tuple[str, int]:
+    """Returns (a hash of all that the tokens follow from, the files' bytes)."""
+    identity, n_bytes = hashlib.sha256(f"{encoder.identity} {DTYPES}".encode()), 0
+    for file in files:
+        content = hashlib.sha256("".join(file.suffixes[-2:]).encode())
+        try:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    content.update(block)
+                    n_bytes += len(block)
+        except OSError as error:
+            raise DataError(f"{file}: can't be read: {error.strerror}") from error
+        identity.update(content.digest())
+    return identity.hexdigest()[:32], n_bytes
+
+
+def build(folder: Path, files: list[Path], encoder, n_bytes: int) -> Path:
+    """Writes one flat file a column, beside `folder`; returns where."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir()
-    counts, position = Counter(), 0
-    n_workers = len(os.sched_getaffinity(0)) if n_lines >= 16 * CHUNK else 1  # starting more takes seconds
+    counts, places, position = Counter(), {}, 0
+    n_workers = len(os.sched_getaffinity(0)) if n_bytes >= BYTES_FOR_WORKERS else 1
     with contextlib.ExitStack() as stack:
         out = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in (*DTYPES, "offsets")}
-        bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", unit_scale=True, total=n_lines, disable=n_workers == 1))
+        bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", unit_scale=True, delay=2))
         out["offsets"].write(np.int64(0).tobytes())
-        for columns, chunk_counts in encode_files(files, encoder, n_workers):
+        for columns, chunk_counts, chunk_places in encode_files(files, encoder, n_workers):
             columns["offsets"] = position + np.cumsum(columns["lengths"], dtype=np.int64)
             position += int(columns["lengths"].sum())
             for name, values in columns.items():
                 out[name].write(values.tobytes())
             counts.update(chunk_counts)
+            places = chunk_places | places
             bar.update(chunk_counts["rows"])
         for stream in out.values():
             stream.flush()
             os.fsync(stream.fileno())
     if not counts["targets"]:
-        raise DataError(f"{', '.join(map(str, files))}: no row has a target: {dict(counts)}")
-    (partial / "counts.json").write_text(json.dumps(counts))
-    partial.rename(folder)
+        first = {name: f" ({files[file]}:{line})" for name, (file, line) in places.items()}
+        told = "; ".join(f"{count:,} {name}{first.get(name, '')}" for name, count in counts.most_common(6))
+        raise DataError(f"{', '.join(map(str, files))}: no row has a target: {told}")
+    (partial / "counts.json").write_text(json.dumps([counts, places]))
+    return partial
 
 
-def read_chunks(files: list[Path], encoder) -> Iterator[tuple[int, Path, list]]:
+def read_chunks(files: list[Path], encoder) -> Iterator[tuple[int, Path, int, list]]:
     for index, file in enumerate(files):
-        rows = encoder.read(file)
-        chunk = list(islice(rows, CHUNK))
-        if not chunk:
+        rows, first = encoder.read(file), 0
+        while chunk := list(islice(rows, CHUNK)):
+            yield index, file, first, chunk
+            first += len(chunk)
+        if not first:
             raise DataError(f"{file}: no rows in this file")
-        while chunk:
-            yield index, file, chunk
-            chunk = list(islice(rows, CHUNK))
 
 
-def encode_files(files: list[Path], encoder, n_workers: int) -> Iterator[tuple[dict, Counter]]:
-    """Yields encode_rows' (columns, counts) in the order of the files, by several processes if asked."""
+def encode_files(files: list[Path], encoder, n_workers: int) -> Iterator[tuple[dict, Counter, dict]]:
+    """Yields what encode_rows returns in the order of the files, by several processes if asked."""
     if n_workers == 1:
-        for index, file, rows in read_chunks(files, encoder):
-            yield encoder.encode_rows(index, file, rows)
+        for chunk in read_chunks(files, encoder):
+            yield encoder.encode_rows(*chunk)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has threads can hang
     with ProcessPoolExecutor(n_workers, spawn, initializer=receive_encoder, initargs=(encoder,)) as pool:
@@ -164,7 +203,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_in_worker(*chunk) -> tuple[dict, Counter]:
+def encode_in_worker(*chunk) -> tuple[dict, Counter, dict]:
     return worker_encoder.encode_rows(*chunk)
 
 
@@ -172,11 +211,16 @@ def encode_in_worker(*chunk) -> tuple[dict, Counter]:
 # Batches
 
 
-def split_rows(n_rows: int, eval_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the indices of (training, held-out) rows, the latter drawn at random, at least one if a fraction is asked."""
+def split_rows(row_numbers: np.ndarray, eval_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of (training, held-out) examples: rows are drawn at random, at least one if a fraction is asked.
+
+    row_numbers (n,) integer: the row of each example, from 0 without a gap, in order; all of a row are on one side.
+    """
+    n_rows = int(row_numbers[-1]) + 1
     order = np.random.default_rng([seed, 0x5EED]).permutation(n_rows)
-    n_eval = max(1, round(eval_fraction * n_rows)) if eval_fraction else 0
-    return np.sort(order[n_eval:]), np.sort(order[:n_eval])
+    held_out = np.zeros(n_rows, bool)
+    held_out[order[:max(1, round(eval_fraction * n_rows)) if eval_fraction else 0]] = True
+    return np.flatnonzero(~held_out[row_numbers]), np.flatnonzero(held_out[row_numbers])
 
 
 def pack(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
@@ -233,6 +277,11 @@ def shuffled(positions: np.ndarray, n: int, seed: list[int]) -> np.ndarray:
         values[walking] = left << half | right
         walking = values >= n
     return values.astype(np.int64)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What a step draws at random follows from these alone, so that a resumed run draws it too."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 class SFTDataLoader:

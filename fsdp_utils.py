@@ -75,10 +75,10 @@ def end_process(error: str | None = None) -> NoReturn:
     os._exit(1 if error else 0)
 
 
-def say(text: str) -> None:
-    """Prints it once, not on every rank, and above a bar that is under way."""
+def say(*texts: str) -> None:
+    """Prints them once, not on every rank, and above a bar that is under way."""
     if dist.get_rank() == 0:
-        tqdm.write(text)
+        tqdm.write("\n".join(texts))
         sys.stdout.flush()
 
 

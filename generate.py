@@ -5,7 +5,7 @@
     python generate.py FOLDER --prompts prompts.jsonl --out answers.json --temperature 0.7 --top-p 0.95 --n-samples 4
 
 FOLDER holds a model, as FINAL does, or an adapter, as FINAL/adapter and step-100 do, which is merged into its base. A prompt
-is a row of any shape that chat.py lists; its answer, if it has one, is left out. The answers are a list as AlpacaEval reads it.
+is a row of any shape that rows.py lists; its answer, if it has one, is left out. The answers are a list as AlpacaEval reads it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="FOLDER", help="of a model or an adapter, or a model's name on the Hub")
     add("--base", help="the adapter's base model, if not the one that its adapter_config.json names")
-    add("--prompts", metavar="FILE", help=".jsonl, .json, or a folder of them; without it, chat")
+    add("--prompts", metavar="FILE", help="of rows (.jsonl, .json, .csv), or a folder of them; without it, chat")
     add("--out", metavar="FILE", help=".json, for the answers to --prompts")
     add("--system", help="the system message, where a prompt has none")
     add("--max-new-tokens", type=int, help="of an answer (512, or half of the tokens that the model takes in all)")
@@ -51,17 +51,19 @@ import json
 import os
 import readline  # noqa: F401 (gives input() its keys for editing)
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from torch import nn
 from transformers import TextStreamer
 
-from chat import ChatEncoder, list_files, read_rows, to_messages
+from chat import ChatEncoder, words_of
 from data import DataError
 from fsdp_utils import ModelError
 from lora import load_adapter, merge_in_place
 from model_utils import compute_dtype, generate, load_model, load_tokenizer
+from rows import Conversation, list_files, read_rows, to_conversation
 
 
 def main(args: argparse.Namespace) -> None:
@@ -82,10 +84,14 @@ def load(folder: str, base: str | None, cache_dir: str) -> tuple[nn.Module, Chat
     adapter, base = find_adapter(folder, base)
     folders = [adapter, adapter.parent] if adapter else []  # sft.py writes the tokenizer into the folder around the adapter's
     name = next((str(candidate) for candidate in folders if (candidate / "tokenizer_config.json").is_file()), base)
-    encoder = ChatEncoder(load_tokenizer(name, cache_dir), sys.maxsize, sys.maxsize)
+    switches = {}  # of the template, which sft.py keeps with the model
+    for candidate in [*folders, Path(folder)]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            switches = json.loads((candidate / "sft_config.json").read_text())["model"]["template_kwargs"] or {}
+    encoder = ChatEncoder(load_tokenizer(name, cache_dir), sys.maxsize, sys.maxsize, template_kwargs=switches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(device)
-    model = load_model(base, None, encoder.tokenizer, encoder.stop_id, cache_dir, dtype)
+    model = load_model(base, None, encoder.tokenizer, encoder.stop_ids, cache_dir, dtype)
     if adapter:
         load_adapter(model, str(adapter), lora_dropout=0.0)
         merge_in_place(model)
@@ -108,49 +114,41 @@ def find_adapter(folder: str, base: str | None) -> tuple[Path | None, str]:
     return adapter, base or folder
 
 
-def read_prompts(path: str, system: str | None) -> list[tuple[str, str, list[dict]]]:
-    """Returns (file:line, name of the file, messages of which a question is the last) of each row. Raises DataError."""
-    rows = []
+class Prompt(NamedTuple):
+    where: str  # file:line
+    dataset: str  # the file's name
+    row: Conversation  # up to its last question
+
+
+def read_prompts(path: str, system: str | None) -> list[Prompt]:
+    """Returns the prompt of each row, without its answer if it has one. Raises DataError."""
+    prompts = []
     for file in list_files([path]):
         for line, row in read_rows(file):
             try:
-                messages = to_prompt(row)
+                row = to_conversation(row, answered=False)
+                messages = row.messages[:-1] if row.messages and row.messages[-1]["role"] == "assistant" else row.messages
+                if not messages and row.text is None:
+                    raise ValueError("the user asks nothing in this row")
             except (ValueError, RecursionError) as error:  # the latter on showing a value that is nested deeply
                 raise DataError(f"{file}:{line}: {error}") from error
-            if system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": system}, *messages]
-            rows.append((f"{file}:{line}", file.stem, messages))
-    if not rows:
+            if system and messages and messages[0]["role"] not in ("system", "developer"):
+                messages = [{"role": "system", "content": system, "train": False}, *messages]
+            prompts.append(Prompt(f"{file}:{line}", file.stem, row._replace(messages=messages)))
+    if not prompts:
         raise DataError(f"{path}: no rows in this file")
-    return rows
+    return prompts
 
 
-def to_prompt(row: object) -> list[dict]:
-    """A row of to_messages' shapes, of which prompt and instruction may stand alone → messages up to the last question."""
-    match row:
-        case {"messages": _} | {"conversations": _} | {"completion": _} | {"output": _}:
-            pass
-        case {"prompt": _}:
-            row = {**row, "completion": ""}
-        case {"instruction": _}:
-            row = {**row, "output": ""}
-    messages = to_messages(row)
-    if messages[-1]["role"] == "assistant":
-        messages.pop()
-    if messages[-1]["role"] != "user":
-        raise ValueError("the user asks nothing in this row")
-    return messages
-
-
-def encode_prompt(encoder: ChatEncoder, messages: list[dict], where: str) -> list[int]:
-    """Messages, of which a question is the last → the ids that its answer follows.
+def encode_prompt(encoder: ChatEncoder, row: Conversation, where: str) -> list[int]:
+    """A row without its last answer → the ids that the answer follows.
 
     Raises DataError, which begins with `where`; also for a prompt that is too long: cut, it would be another question.
     """
-    for spelt in filter(None, (encoder.special.search(message["content"]) for message in messages)):
+    if spelt := encoder.template.control.search(words_of(row)):
         print(f"warning: {where}: {spelt[0]!r} in the text becomes the control token of that name", file=sys.stderr)
     try:
-        ids = encoder.prompt_ids(messages)
+        ids = encoder.prompt_ids(row)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
     if len(ids) > encoder.max_prompt_length:
@@ -160,19 +158,20 @@ def encode_prompt(encoder: ChatEncoder, messages: list[dict], where: str) -> lis
     return ids
 
 
-def answer(model: nn.Module, encoder: ChatEncoder, rows: list[tuple[str, str, list[dict]]], args: argparse.Namespace) -> None:
+def answer(model: nn.Module, encoder: ChatEncoder, rows: list[Prompt], args: argparse.Namespace) -> None:
     """Answers what read_prompts has read. args.out is written whole or not at all. Raises DataError, OSError."""
     out, partial = Path(args.out), Path(f"{args.out}.partial")
     partial.touch()  # what can't be written is found before the first answer, not after the last
     partial.unlink()
-    encoded = [encode_prompt(encoder, messages, where) for where, _, messages in rows]
+    encoded = [encode_prompt(encoder, prompt.row, prompt.where) for prompt in rows]
     prompts = [ids for ids in encoded for _ in range(args.n_samples)]
     answers = generate(model, prompts, args.max_new_tokens, args.batch_size, args.temperature, args.top_p)
     records = []
     for i, ids in enumerate(answers):
         row, sample = divmod(i, args.n_samples)
-        _, dataset, messages = rows[row]
-        records.append({"instruction": messages[-1]["content"], "output": encoder.answer_text(ids), "generator": args.model,
+        _, dataset, asked = rows[row]
+        question = asked.text if asked.text is not None else asked.messages[-1]["content"]
+        records.append({"instruction": question, "output": encoder.read_answer(ids), "generator": args.model,
                         "dataset": dataset, "prompt_id": row, "sample_id": sample, "type": "sample"})
     partial.write_text(json.dumps(records, indent=2, ensure_ascii=False), encoding="utf-8")
     os.replace(partial, out)
@@ -184,20 +183,20 @@ def chat(model: nn.Module, encoder: ChatEncoder, args: argparse.Namespace) -> No
     """Answers each line of the standard input in the light of those before it."""
     sys.stdin.reconfigure(errors="replace")  # a stray byte does not end a chat
     streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    messages = beginning = [{"role": "system", "content": args.system}] if args.system else []
+    messages = beginning = [{"role": "system", "content": args.system, "train": False}] if args.system else []
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # ctrl-D, ctrl-C
         while question := input("> " if sys.stdin.isatty() else "").strip():
             if question == "/reset":
                 messages = beginning
                 continue
-            asked = [*messages, {"role": "user", "content": question}]
+            asked = [*messages, {"role": "user", "content": question, "train": False}]
             try:
-                prompt = encode_prompt(encoder, asked, "this chat")
+                prompt = encode_prompt(encoder, Conversation(asked, [], None, set(), 0), "this chat")
             except DataError as error:
                 print(f"{error}; /reset begins a new one", file=sys.stderr)
                 continue
             [ids] = generate(model, [prompt], args.max_new_tokens, 1, args.temperature, args.top_p, streamer)
-            messages = [*asked, {"role": "assistant", "content": encoder.answer_text(ids)}]
+            messages = [*asked, {"role": "assistant", "content": encoder.read_answer(ids), "train": False}]
     if sys.stdin.isatty():
         print()  # after ctrl-D the shell's prompt would follow on the line of ours
 

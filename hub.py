@@ -1,7 +1,7 @@
 """Data sets by name → .jsonl files, which chat.py reads like any other. An entry is one of
 
     ultrachat                a name in SOURCES, below
-    hub:owner/name[:split]   a data set of the Hugging Face hub whose rows have one of chat.py's four shapes
+    hub:owner/name[:split]   a data set of the Hugging Face hub whose rows have a shape that rows.py knows
     rows.parquet             a local file of such rows, or a folder of such files
     chats.jsonl              any other local file or folder, as it is
 with a weight if wanted: `chats.jsonl*2` trains on each row twice an epoch, `shp*0.5` on half of the rows.

@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configs.base import one_line
+from data import Examples, TokenisedRows
 from fsdp_utils import say
 
 
@@ -199,15 +201,46 @@ def plot(values: list[float], width: int = 72, height: int = 10) -> str:
     return "\n".join([*lines, " " * 9 + "└" + "─" * len(columns)])
 
 
-def describe_run(tokenizer, train, n_examples: int, n_steps: int, n_eval: int, n_held_out: int, model, packing: bool,
+def describe_data(tokenizer, train: Examples, held_out: Examples, run_dir: Path) -> str:
+    """Returns what became of the rows, in ten lines and an example of each kind; writes all of it to run_dir/data.json."""
+    rows, counts = train.rows, Counter(train.rows.counts)
+    if dist.get_rank() == 0:
+        report = {name: {"files": [*map(str, part.files)], "passed over": [*map(str, part.passed_over)], "counts": part.counts,
+                         "first": {key: part.place(key) for key in part.places}}
+                  for name, part in {"eval": held_out.rows, "train": rows}.items()}
+        (run_dir / "data.json").write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    lines = [f"data: {counts['rows']:,} rows → {counts['examples']:,} examples, {counts['tokens kept']:,} tokens, of which "
+             f"{counts['targets']:,} are targets"]
+    if more := counts["tokens more by splitting"]:
+        lines.append("  an answer that the template writes otherwise once another follows is an example of its own: "
+                     f"{counts['tokens'] / (counts['tokens'] - more):.2g} times the tokens; last_answer_only=true or a switch of "
+                     "the template (model.template_kwargs) may spare them")
+    for what in ("split", "dropped", "bad"):
+        named = [name for name, _ in counts.most_common() if name.startswith(f"{what}: ")]
+        told = [f"{counts[name]:,} {name.partition(': ')[2]} ({rows.place(name)})" for name in named[:3]]
+        told += [f"and {len(named) - 3} more reasons"] if len(named) > 3 else []
+        lines += [f"  {what}: {'; '.join(told)}"] if told else []
+    if counts["examples truncated"]:
+        lines.append(f"  too long: {counts['examples truncated']:,} examples; {counts['tokens dropped']:,} tokens are dropped")
+    if left_out := counts["answers before the first question, left out"]:
+        lines.append(f"  left out: {left_out:,} answers before the first question")
+    if held_out.rows is not rows and (lost := sum(count for name, count in held_out.rows.counts.items()
+                                                  if name.startswith(("bad: ", "dropped: ")))):
+        lines.append(f"  of the held-out rows {lost:,} are bad or dropped: {run_dir / 'data.json'}")
+    unread = [name.removeprefix("unread: ") for name in counts if name.startswith("unread: ")]
+    for what, names in (("keys that nothing reads", unread), ("files passed over", [file.name for file in rows.passed_over])):
+        if names:
+            lines.append(f"  {what}: {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")
+    return "\n".join([*lines, *show_examples(tokenizer, rows)])
+
+
+def describe_run(n_examples: int, n_steps: int, n_eval: int, n_held_out: int, model, packing: bool,
                  resumed_from: Path | None) -> str:
-    """Returns the lines that a run begins with."""
+    """Returns the lines that a run begins with, behind those on its data."""
     parameters = list(model.parameters())
     n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     lines = [
-        show_example(tokenizer, *train.rows[train.ids[0]]),
-        f"train: {'; '.join(f'{count:,} {name}' for name, count in train.rows.counts.items())}",
-        f"eval: {n_eval} of {n_held_out} held-out rows" if n_held_out else
+        f"eval: {n_eval} of {n_held_out} held-out examples" if n_held_out else
         "eval: nothing is held out; eval_fraction=0.05 would hold out a twentieth of the rows, eval_datasets=[FILE] a file",
         f"model: {sum(parameter.numel() for parameter in parameters) / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M trained, on "
         f"{dist.get_world_size()} x {parameters[0].device.type}",
@@ -215,14 +248,30 @@ def describe_run(tokenizer, train, n_examples: int, n_steps: int, n_eval: int, n
     return "\n".join([*lines, *([f"resumed from {resumed_from}"] if resumed_from else [])])
 
 
-def show_example(tokenizer, ids: np.ndarray, trained: np.ndarray) -> str:
-    """Returns the row's text with its targets in green, or in ⟦brackets⟧ where the output is not a terminal."""
+def show_examples(tokenizer, rows: TokenisedRows, most: int = 3) -> list[str]:
+    """Returns the last example of the first row of each kind that the rows have."""
+    shown = []
+    for name in [name for name in rows.places if name.startswith("shown: ")][:most]:
+        file, line = rows.places[name]
+        i = np.flatnonzero((rows.file_of == file) & (rows.lines == line))[-1]
+        shown.append(show_example(tokenizer, *rows[i], f"{name.removeprefix('shown: ')}, {rows.where(i)}"))
+    return shown
+
+
+def show_example(tokenizer, ids: np.ndarray, trained: np.ndarray, name: str, longest: int = 700) -> str:
+    """Returns the example's text with its targets in green, or in ⟦brackets⟧ where the output is not a terminal.
+
+    Of each stretch that is longer than so many characters, and of more than six stretches, the middle is left out.
+    """
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     parts = []
     for is_target, group in itertools.groupby(zip(ids.tolist(), trained.tolist()), key=lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in group])
+        if len(text) > longest:
+            text = f"{text[:longest // 2]} […] {text[-longest // 2:]}"
         parts.append(f"{before}{text}{after}" if is_target else text)
-    return "--- an example; what is trained is marked\n" + "".join(parts) + "\n---"
+    parts = [*parts[:3], " […] ", *parts[-3:]] if len(parts) > 6 else parts
+    return f"--- an example, {name}; what is trained is marked\n" + "".join(parts) + "\n---"
 
 
 def show_answers(questions: list[dict], answers: dict[int, list[str]], n_samples: int = 8) -> str:

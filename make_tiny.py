@@ -86,7 +86,7 @@ def train_tokenizer(rows: list[dict], folder: Path) -> None:
     words = sorted({word for row in rows for word in f"{row['prompt']} {row['completion']}".split() if word.islower()})
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        user_defined_symbols=[*CAPITALS, *DIGITS, "\n", "<|im_start|>", "<|im_end|>", "system", "user", "assistant"],
+        user_defined_symbols=[*CAPITALS, *DIGITS, "\n", "<|system|>", "<|user|>", "<|assistant|>"],
         normalization_rule_name="identity", vocab_size=256, hard_vocab_limit=False, minloglevel=2)
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps(

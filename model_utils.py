@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from configs.base import one_line
 from fsdp_utils import ModelError, gather_all, say
 from logps import target_logps, whole_batch
+from lora import add_lora
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -33,14 +34,16 @@ except ImportError:
     varlen_attn = None
 
 
-# ChatML, for a tokenizer that brings no chat template of its own
-CHATML = """\
-{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}\
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# For a tokenizer that brings none: roles are lines of text, so no token is new, and an answer ends where every engine stops
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}\
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}\
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
 
-def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str] = ()) -> transformers.PreTrainedTokenizerBase:
-    """Returns the tokenizer, with a chat template (ChatML if it brings none) and a pad token (eos if it has none).
+def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str] = (),
+                   chat_template: str = "") -> transformers.PreTrainedTokenizerBase:
+    """Returns the tokenizer, with a pad token (eos if it has none) and the chat template of that file, its own, or a plain one.
 
     `more_tokens` are added, a token each, but not as special ones, of which a text must not hold any.
     Raises ModelError where there is none, or none without running code that came with it.
@@ -49,22 +52,38 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {one_line(error)}") from error
-    if not tokenizer.chat_template:
+    tokenizer.template_source = chat_template or name_or_path  # for messages
+    if chat_template:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
+        if not tokenizer.eos_token:
+            raise ModelError(f"{name_or_path}: the tokenizer has neither a chat template nor an eos_token to end an answer with; "
+                             "name a template by model.chat_template=FILE")
         adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + CHATML
-        # sentencepiece's user-defined symbols pass for special tokens too, but their flag tells that they are text
-        text = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special}
-        special = [token for token in tokenizer.all_special_tokens if token not in text]
-        tokenizer.add_special_tokens({"additional_special_tokens": [*special, "<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked by length, so any will do
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in more_tokens])
     return tokenizer
 
 
-def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: int | None, cache_dir: str,
+def check_targets(settings: dict, cache_dir: str) -> None:
+    """Raises ModelError where there is no such model, or it has no layer for the LoRA that its settings ask for."""
+    if not settings["use_peft"] or settings["load_lora_from"] or settings["random_init"]:
+        return
+    name_or_path = settings["load_from"] or settings["name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+        with Unallocated():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
+    add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
+
+
+def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids: list[int], cache_dir: str,
                dtype: torch.dtype = torch.float32, fuse: bool = False, sliced: bool = False):
-    """Returns a causal LM with a row of the embeddings for every token, that stops generating at stop_id.
+    """Returns a causal LM with a row of the embeddings for every token, that stops generating at stop_ids.
 
     `random_init` describes a new one (a transformers config; its vocabulary is the tokenizer's), instead of loading it.
     What is trained must be fp32: half of AdamW's steps are too small to change a bf16 weight. `fuse` is linear_logps'.
@@ -103,7 +122,7 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_id: 
 
     generation = model.generation_config
     stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    generation.eos_token_id = sorted({stop for stop in [*stops, stop_id] if stop is not None})
+    generation.eos_token_id = sorted({stop for stop in [*stops, *stop_ids] if stop is not None})
     generation.pad_token_id = tokenizer.pad_token_id
     if any(value is not None for value in (generation.temperature, generation.top_p, generation.top_k)):
         generation.do_sample = True  # transformers refuses to save sampling settings that are switched off

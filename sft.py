@@ -15,7 +15,6 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -23,14 +22,24 @@ from torch import nn
 from tqdm import tqdm
 
 from chat import ChatEncoder, answer, load_examples, read_questions
-from checkpoint import CheckpointError, caught_signals, export_model, find_start, is_final, load_checkpoint, lock, save_latest
-from data import IGNORE, DataError, SFTDataLoader, to_device
+from checkpoint import (
+    CheckpointError,
+    caught_signals,
+    export_model,
+    find_start,
+    is_final,
+    load_checkpoint,
+    lock,
+    save_latest,
+    started,
+)
+from data import IGNORE, DataError, SFTDataLoader, step_seed, to_device
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, say, shard_model
 from hub import CONTROL_TOKENS, HubError
-from log import Log, LogError, count_flops, describe_run
+from log import Log, LogError, count_flops, describe_data, describe_run
 from logps import check_head
 from lora import add_lora, load_adapter
-from model_utils import ModelError, compute_dtype, enable_packing, load_model, load_tokenizer, load_weights
+from model_utils import ModelError, check_targets, compute_dtype, enable_packing, load_model, load_tokenizer, load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm: what a fork changes
@@ -111,7 +120,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 class TrainingError(Exception):
-    """A run that can't go on, in one line."""
+    """A run that can't go on."""
 
 
 @dataclasses.dataclass
@@ -139,16 +148,18 @@ def check_skips(at: Progress, most: int, latest: Path | None, loader: SFTDataLoa
                             f"checkpoint: {latest}; the step's rows: {loader.row_names(at.counter - n_examples)}")
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """What a step draws at random follows from these alone, so that a resumed run draws it too."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+def make_encoder(config: Config, run_dir: Path) -> ChatEncoder:
+    model, more_tokens = config.model, CONTROL_TOKENS if config.conditional else ()
+    name = model.tokenizer_name_or_path or model.name_or_path
+    return ChatEncoder(load_tokenizer(name, config.cache_dir, more_tokens, model.chat_template), model.max_length,
+                       model.max_prompt_length, config.last_answer_only, model.template_kwargs, started(run_dir))
 
 
-def make_model(config: ModelConfig, tokenizer, stop_id: int, cache_dir: str, device: torch.device) -> nn.Module:
+def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: str, device: torch.device) -> nn.Module:
     """Returns the model to train, with adapters if they are what is trained; to be sharded, and then filled by load_weights."""
     # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
     model = load_model(config.load_from or config.name_or_path, None if config.load_from else config.random_init, tokenizer,
-                       stop_id, cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
+                       stop_ids, cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
                        fuse=config.compile and device.type == "cuda")
     if config.load_lora_from:
         load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.has_new_tokens)
@@ -160,12 +171,11 @@ def make_model(config: ModelConfig, tokenizer, stop_id: int, cache_dir: str, dev
 def main(config: Config) -> None:
     run_dir, settings = Path(config.cache_dir, config.exp_name), dataclasses.asdict(config)
     locked = lock(run_dir) if os.environ.get("RANK", "0") == "0" else None  # noqa: F841 (it is held as long as it has a name)
-    tokenizer = load_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config.cache_dir,
-                               CONTROL_TOKENS if config.conditional else ())
-    encoder = ChatEncoder(tokenizer, config.model.max_length, config.model.max_prompt_length)
+    encoder = make_encoder(config, run_dir)
+    check_targets(settings["model"], config.cache_dir)
     # Before the processes join: a large data set may take longer to fetch and tokenise than a collective may take.
     train, held_out, data_id = load_examples(encoder, config.datasets, config.eval_datasets, config.eval_fraction,
-                                             config.conditional, config.seed, config.cache_dir)
+                                             config.conditional, config.seed, config.cache_dir, config.max_bad_rows)
     n_examples, eval_ids = config.n_examples or config.n_epochs * len(train.ids), held_out.ids[:config.n_eval_examples]
     questions = read_questions(encoder, held_out.rows, eval_ids[:config.n_eval_answers])
     rank, world_size, device = init_processes(config.timeout_minutes)
@@ -176,7 +186,7 @@ def main(config: Config) -> None:
         return say(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew")
 
     torch.manual_seed(config.seed)
-    model = make_model(config.model, tokenizer, encoder.stop_id, config.cache_dir, device)
+    model = make_model(config.model, encoder.tokenizer, encoder.stop_ids, config.cache_dir, device)
     shard_model(model, make_mesh(device, config.model.replicas), "target_logps", dtype=compute_dtype(device),
                 recompute=config.model.activation_checkpointing, compile=config.model.compile, offload=config.model.cpu_offload)
     load_weights(model, frozen_only=bool(latest))
@@ -185,12 +195,13 @@ def main(config: Config) -> None:
     check_head(model, device)  # after the optimizer is made: a forward leaves some weights gathered
     packing = config.model.packing and enable_packing(model, device)
 
-    layout = {"batch_size": config.model.batch_size, "pad_id": tokenizer.pad_token_id, "packing": packing, "rank": rank,
+    layout = {"batch_size": config.model.batch_size, "pad_id": encoder.tokenizer.pad_token_id, "packing": packing, "rank": rank,
               "world_size": world_size, "microbatch_tokens": max(config.model.microbatch_tokens, config.model.max_length)}
     loader = SFTDataLoader(*train, n_examples, config.seed, config.model.gradient_accumulation_steps, **layout)
     eval_loader = SFTDataLoader(held_out.rows, eval_ids, len(eval_ids), **layout)
     n_steps = at.step + math.ceil((n_examples - at.counter) / config.model.batch_size)
-    say(describe_run(tokenizer, train, n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest))
+    say(describe_data(encoder.tokenizer, train, held_out, run_dir),
+        describe_run(n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest))
     log, answers = Log(run_dir, latest, at.counter, n_examples, device, count_flops(model), settings), {}
     with contextlib.closing(log), caught_signals() as signals:
         while True:  # an evaluation stands at the top, so that start, middle, end and resume are one case
@@ -201,7 +212,7 @@ def main(config: Config) -> None:
                         if at.step in (0, n_steps):
                             answers[at.step] = answer(model, encoder, questions)
                     if config.intermediate_checkpoints and 0 < at.step < n_steps:
-                        export_model(run_dir / f"step-{at.step}", model, tokenizer, n_steps, log.last, settings)
+                        export_model(run_dir / f"step-{at.step}", model, encoder.tokenizer, n_steps, log.last, settings)
             if at.step == n_steps:
                 break
             torch.manual_seed(step_seed(config.seed, at.step, rank))
@@ -230,7 +241,7 @@ def main(config: Config) -> None:
                     latest = save_latest(run_dir, state, model, optimizer, latest, config.keep_last, config.stop_if_save_fails)
             if stop:
                 return say(f"stopped by a signal after step {at.step}; the same command goes on from {latest}")
-        export_model(run_dir / "FINAL", model, tokenizer, n_steps, log.last, settings, merged=True, checkpoint=latest)
+        export_model(run_dir / "FINAL", model, encoder.tokenizer, n_steps, log.last, settings, merged=True, checkpoint=latest)
     say(log.summary(questions, answers, run_dir / "FINAL"))
 
 

@@ -89,7 +89,7 @@ def make_run(args, device, shape: dict, n_steps: int, rows: int, dtype, lr: floa
     wanted = config.model
     torch.manual_seed(config.seed)
     with device:
-        model = sft.make_model(wanted, tokenizer, None, str(args.folder), device)
+        model = sft.make_model(wanted, tokenizer, [], str(args.folder), device)
     shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=wanted.activation_checkpointing,
                 compile=wanted.compile)
     optimizer = sft.make_optimizer(model, lr, (config.beta1, config.beta2), config.eps, config.weight_decay)

@@ -48,7 +48,7 @@ def work(args) -> None:
     rank, world_size, device = init_processes()
     tokenizer = load_tokenizer(args.model, ".cache")
     with Peak() as loading:
-        model = make_model(ModelConfig(name_or_path=args.model), tokenizer, None, ".cache", device)
+        model = make_model(ModelConfig(name_or_path=args.model), tokenizer, [], ".cache", device)
         shard_model(model, make_mesh(device), "target_logps")
         load_weights(model)
     with tempfile.TemporaryDirectory() as folder, Peak() as writing:

@@ -37,11 +37,12 @@ import transformers
 from common import describe_machine, print_table, resident
 
 import sft
-from chat import ChatEncoder, list_files, read_rows, to_messages
+from chat import ChatEncoder
 from configs.base import ModelConfig
 from data import SFTDataLoader, to_device, tokenise
 from fsdp_utils import clip_gradients, end_process, init_processes, make_mesh, shard_model
 from model_utils import compute_dtype, enable_packing, load_model, load_tokenizer, load_weights
+from rows import list_files, read_rows, to_conversation
 
 WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "TRL, no checkpointing", "the limit")
 
@@ -64,12 +65,12 @@ def make_ours(args, device, adapters: str | None = None):
     config, dtype = ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile), compute_dtype(device)
     if adapters == "PEFT's":
         import peft
-        model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", dtype, args.compile and device.type == "cuda")
+        model = load_model(args.model, None, tokenizer, encoder.stop_ids, ".cache", dtype, args.compile and device.type == "cuda")
         settings = {key: getattr(config.peft, key) for key in ("lora_alpha", "lora_dropout", "target_modules")}
         model = peft.get_peft_model(model, peft.LoraConfig(r=config.peft.lora_r, task_type="CAUSAL_LM", **settings))
         model = model.get_base_model()
     else:
-        model = sft.make_model(config, tokenizer, encoder.stop_id, ".cache", device)
+        model = sft.make_model(config, tokenizer, encoder.stop_ids, ".cache", device)
     shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=args.checkpointing, compile=args.compile)
     load_weights(model)
     optimizer = sft.make_optimizer(model, 2e-5, (0.9, 0.999), 1e-5, 0.01)
@@ -88,7 +89,7 @@ def make_ours(args, device, adapters: str | None = None):
 
 def make_padded(args, device):
     tokenizer, encoder, rows = load_rows(args)
-    model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache").to(device).train()
+    model = load_model(args.model, None, tokenizer, encoder.stop_ids, ".cache").to(device).train()
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
@@ -119,7 +120,7 @@ def make_padded(args, device):
 
 def make_limit(args, device):
     tokenizer, encoder, rows = load_rows(args)
-    model = load_model(args.model, None, tokenizer, encoder.stop_id, ".cache", compute_dtype(device)).to(device)
+    model = load_model(args.model, None, tokenizer, encoder.stop_ids, ".cache", compute_dtype(device)).to(device)
     loader = make_loader(args, tokenizer, rows, enable_packing(model, device))
     batches = [[*loader.microbatches(i * args.batch_size)] for i in range(args.steps)]
     weight = model.get_output_embeddings().weight
@@ -157,7 +158,7 @@ def run_trl(args, step_began, step_ended) -> None:
 
     tokenizer, _, rows = load_rows(args)
     lines = dict(read_rows(Path(args.data)))
-    chats = [[{key: message[key] for key in ("role", "content")} for message in to_messages(lines[line])]
+    chats = [[{key: message[key] for key in ("role", "content")} for message in to_conversation(lines[line]).messages]
              for line in rows.lines[:args.batch_size * args.steps].tolist()]
     sources = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
     per_forward = min(args.batch_size, args.rows)

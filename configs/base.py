@@ -22,6 +22,8 @@ import types
 import typing
 from dataclasses import dataclass, field
 
+import jinja2
+
 ANY = ("", lambda value: True)
 ABOVE_0 = ("above 0", lambda value: value > 0)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
@@ -53,6 +55,8 @@ class ModelConfig:
     name_or_path: str = knob("", ANY, FIXED, "required: a Hugging Face model, by hub name or folder (or random_init)")
     tokenizer_name_or_path: str = knob("", ANY, FIXED, "where the tokenizer is, if not with the model")
     random_init: dict | None = knob(None, ANY, FIXED, 'a transformers config, {"model_type": "llama", ...}: random weights')
+    chat_template: str = knob("", ANY, FIXED, "file of a Jinja chat template to use instead of the tokenizer's own")
+    template_kwargs: dict | None = knob(None, ANY, FIXED, 'the template\'s own switches, {"enable_thinking": false}')
     load_from: str = knob("", ANY, FIXED, "folder with weights to start from instead of name_or_path's")
     from_checkpoint: str = knob("", ANY, FREE, "another run's checkpoint to begin from: weights, optimizer, place in the data")
     batch_size: int = knob(32, ABOVE_0, FIXED, "examples per optimizer step, over all ranks and accumulation steps")
@@ -84,6 +88,8 @@ class Config:
     eval_datasets: list[str] = knob([], ANY, FREE, "held-out ones; else the test splits of the named data sets")
     conditional: bool = knob(False, ANY, FIXED, "named sets' answers begin with <|good|>; rejected ones, too, with <|bad|>")
     eval_fraction: float = knob(0.0, FRACTION, FIXED, "fraction of the rows to hold out where there are no eval_datasets")
+    last_answer_only: bool = knob(False, ANY, FIXED, "train only the last answer of each row")
+    max_bad_rows: float = knob(0.01, FRACTION, FREE, "fraction of the rows that may be bad and left out, or nothing is trained")
     cache_dir: str = knob(".cache", ANY, FREE, "where runs, tokenised data and downloaded models are kept")
     seed: int = knob(1, ANY, FIXED, "of the shuffle, of random weights, of dropout")
     n_epochs: int = knob(1, ABOVE_0, FREE, "passes over the training rows")
@@ -115,8 +121,9 @@ class ConfigError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """Returns the error's text, white space folded, of at most 300 characters; or its type's name where it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Returns the error's text, of at most 300 characters, none of which a terminal obeys; or its type's name if it has none."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def check(config: Config, world_size: int) -> list[str]:
@@ -150,10 +157,42 @@ def check(config: Config, world_size: int) -> list[str]:
     require(not (config.conditional and config.n_eval_answers), "n_eval_answers can't grade the answers of conditional=true")
     require(not (config.eval_datasets and config.eval_fraction), "eval_datasets and eval_fraction exclude each other")
     require(model.use_peft or not model.load_lora_from, "model.load_lora_from needs model.use_peft=true")
+    errors += missing_files(config)
     for key, package in {"wandb.enabled": "wandb", "tensorboard": "tensorboard"}.items():
         require(not get_key(config, key) or importlib.util.find_spec(package),
                 f"{key}=true needs a package that is not installed: pip install {package}")
     require(model.peft.target_modules, "model.peft.target_modules must name a layer, or be all-linear")
+    return errors
+
+
+def missing_files(config: Config) -> list[str]:
+    """Returns a line for each file or folder that the configuration names and that is not there, or not what it must be."""
+    model, errors = config.model, []
+    for key in ("datasets", "eval_datasets"):
+        for entry in getattr(config, key):
+            name = re.sub(r"\*[^*/]*$", "", entry)
+            if (os.sep in name or "." in name) and not name.startswith("hub:") and not os.path.exists(name):
+                errors.append(f"{key}: {name}: no such file")
+    holds = {"load_from": ["config.json"], "load_lora_from": ["adapter_config.json"],
+             "from_checkpoint": ["checkpoint.json", "checkpoints", "FINAL", "checkpoint"]}
+    for key, files in holds.items():
+        name = getattr(model, key)
+        if name and not any(os.path.exists(os.path.join(name, file)) for file in files):
+            what = f"this folder holds no {files[0]}" if os.path.isdir(name) else "no such folder"
+            errors.append(f"model.{key}={name}: {what}")
+    if model.chat_template:
+        try:
+            with open(model.chat_template, encoding="utf-8") as file:  # transformers' own tag marks what it takes for an answer
+                text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", file.read())
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        except OSError as error:
+            errors.append(f"model.chat_template={model.chat_template}: can't be read: {error.strerror}")
+        except UnicodeDecodeError:
+            errors.append(f"model.chat_template={model.chat_template}: not UTF-8")
+        except jinja2.TemplateSyntaxError as error:
+            errors.append(f"model.chat_template={model.chat_template}:{error.lineno}: not a Jinja template: {one_line(error)}")
+    own = {"messages", "tools", "documents", "add_generation_prompt", "tokenize", "chat_template"}
+    errors += [f"model.template_kwargs: {key} is the run's to set" for key in model.template_kwargs or () if key in own]
     return errors
 
 

@@ -1,4 +1,4 @@
-"""Llama 3 8B, the base model: it brings no chat template, so ChatML is used.
+"""Llama 3 8B, the base model: it brings no chat template, so it gets the plain one of docs/data.md.
 
     torchrun --nproc_per_node=4 sft.py --config configs/llama.py datasets=[chats.jsonl]
 """

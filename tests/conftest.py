@@ -73,13 +73,14 @@ def write_model(folder: Path, tied: bool = False, dtype: torch.dtype = torch.flo
 
 
 def store_rows(folder: Path, documents: list[tuple[np.ndarray, np.ndarray]]) -> TokenisedRows:
-    """Documents as the token cache holds them, without files that they come from."""
+    """Documents as the token cache holds them, one a row, without the file that they come from."""
     lengths = [len(ids) for ids, _ in documents]
     columns = {"ids": np.concatenate([ids for ids, _ in documents]), "trained": np.concatenate([on for _, on in documents]),
-               "lengths": lengths, "targets": [on.sum() for _, on in documents], "lines": lengths, "files": lengths}
+               "lengths": lengths, "targets": [on.sum() for _, on in documents], "lines": range(1, len(documents) + 1),
+               "files": [0] * len(documents), "rows": range(len(documents)), "answers": [-1] * len(documents)}
     folder.mkdir(parents=True)
     for name, dtype in DTYPES.items():
         np.asarray(columns[name], dtype).tofile(folder / f"{name}.bin")
     np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "offsets.bin")
-    (folder / "counts.json").write_text("{}")
+    (folder / "counts.json").write_text("[{}, {}]")
     return TokenisedRows(folder, [])

@@ -1,6 +1,7 @@
-"""Files → rows → messages → token ids with a target mask → examples and questions.
+"""Conversations → token ids and which of them are targets → examples, the token cache, questions and answers.
 
-Masks are compared with what a reader of the template expects, spelt out beside it; token ids with apply_chat_template.
+Targets are compared with what a reader of the template expects, spelt out beside it; ids with what transformers makes of the
+context, apply_chat_template with the generation prompt, and of the target alone.
 """
 
 import copy
@@ -12,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, process_of_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -23,10 +25,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import chat as chat_module
-from chat import ChatEncoder, list_files, load_examples, read_questions, read_rows, to_messages
-from data import CHUNK, DTYPES, DataError, TokenisedRows, encode_files, split_rows, tokenise
+import rows as rows_module
+import template as template_module
+from chat import ChatEncoder, load_examples, read_questions
+from data import CHUNK, DTYPES, IGNORE, DataError, SFTDataLoader, TokenisedRows, encode_files, split_rows, tokenise
+from fsdp_utils import init_processes
 from hub import mix
-from make_tiny import make_rows, train_tokenizer
+from log import describe_data
+from make_tiny import CAPITALS, DIGITS, make_rows, train_tokenizer
+from model_utils import load_tokenizer
+from rows import list_files, read_rows, to_conversation
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat templates as models have them, and small tokenizers to go with them
@@ -37,16 +45,19 @@ class Template:
     name: str
     jinja: str
     prompt_end: str  # the generation prompt
-    terminator: str
+    end: str  # what ends an answer
     special: tuple[str, ...] = ()
     words: tuple[str, ...] = ()  # added tokens that are not special
     bos: str = "<s>"
     eos: str = "</s>"
     splits: str = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # into words: as GPT-2
-    lead: str = ""  # what the template writes in front of each answer
-    last_lead: str = ""  # and of the last answer only
+    lead: str = ""  # what the template writes in front of the last answer
+    rewrites: bool = False  # an answer is written otherwise once another follows: each is an example of its own
     folds_system: bool = False  # it knows no system message: the encoder puts that in front of the first question
     strips: bool = False
+
+    def target(self, answer: str) -> str:
+        return self.lead + (answer.strip() if self.strips else answer) + self.end
 
 
 IM = ("<|im_start|>", "<|im_end|>")
@@ -105,10 +116,10 @@ ZEPHYR = Template("zephyr", """\
 IGNORES_SYSTEM = Template("ignores system", """\
 {% for message in messages %}{% if message.role == 'user' %}{{ 'Instruct: ' + message.content + '\nOutput:' }}\
 {% elif message.role == 'assistant' %}{{ ' ' + message.content + '\n### END\n' }}{% endif %}{% endfor %}""",
-                          "\nOutput:", "\n### END", lead=" ", folds_system=True)  # a terminator of several tokens, too
+                          "\nOutput:", "</s>", lead=" ", folds_system=True, rewrites=True)  # no engine stops at "### END"
 NO_TERMINATOR = Template("no terminator", """\
 {% for message in messages %}{{ message.role | capitalize + ': ' + message.content + '\n\n' }}{% endfor %}\
-{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""", "Assistant:", "", lead=" ")
+{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""", "Assistant:", "</s>", lead=" ", rewrites=True)
 QWEN3 = Template("qwen3", """\
 {%- set ns = namespace(last_query=0) %}
 {%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last_query = loop.index0 %}{%- endif %}{%- endfor %}
@@ -131,7 +142,25 @@ QWEN3 = Template("qwen3", """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
                  "<|im_start|>assistant\n", "<|im_end|>", special=IM, words=("<think>", "</think>"), eos="<|im_end|>",
-                 last_lead="<think>\n\n</think>\n\n")
+                 lead="<think>\n\n</think>\n\n", rewrites=True)
+AGENT = Template("agent", """\
+{%- set ns = namespace(last_query=0) %}
+{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last_query = loop.index0 %}{%- endif %}{%- endfor %}
+{%- if tools %}{{- '<|im_start|>system\nTools: ' }}{%- for tool in tools %}{{- tool.function.name + '; ' }}{%- endfor %}
+{{- '<|im_end|>\n' }}{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.reasoning_content and loop.index0 > ns.last_query %}
+        {{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- message.content }}
+    {%- for call in message.tool_calls %}
+        {{- '<call>' + call.function.name + ' ' + (call.function.arguments | tojson) + '</call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
+                 "<|im_start|>assistant\n", "<|im_end|>", special=IM, words=("<think>", "</think>"), eos="<|im_end|>")
 TEMPLATES = [CHATML, LLAMA3, LLAMA2, MISTRAL, GEMMA, ZEPHYR, IGNORES_SYSTEM, NO_TERMINATOR, QWEN3]
 templates = pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
 
@@ -157,8 +186,8 @@ def make_tokenizer(template: Template, adds_bos: bool = True) -> PreTrainedToken
                                    pad_token=template.eos, chat_template=template.jinja)
 
 
-def make_encoder(template: Template = CHATML, max_length: int = 1024, max_prompt_length: int = 512) -> ChatEncoder:
-    return ChatEncoder(make_tokenizer(template), max_length, max_prompt_length)
+def make_encoder(template: Template = CHATML, max_length: int = 1024, max_prompt_length: int = 512, **options) -> ChatEncoder:
+    return ChatEncoder(make_tokenizer(template), max_length, max_prompt_length, **options)
 
 
 def chat(*texts: str, system: str | None = None) -> list[dict]:
@@ -167,16 +196,50 @@ def chat(*texts: str, system: str | None = None) -> list[dict]:
     return head + [{"role": role, "content": text} for role, text in zip(itertools.cycle(["user", "assistant"]), texts)]
 
 
-def reference(template: Template, messages: list[dict], for_answer: bool = False) -> list[int]:
-    """transformers' ids of the messages, the system message put into the first question where the template knows none."""
+def row(*texts: str) -> dict:
+    return {"messages": chat(*texts)}
+
+
+def context_of(template: Template, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    """transformers' ids of the messages and the generation prompt, the system message put into the first question where the
+    template knows none."""
     if template.folds_system and messages[0]["role"] == "system":
         system, first, *rest = messages
         messages = [{"role": "user", "content": system["content"] + "\n\n" + first["content"]}, *rest]
-    return make_tokenizer(template).apply_chat_template(messages, add_generation_prompt=for_answer, tokenize=True)["input_ids"]
+    return make_tokenizer(template).apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
-def encode(encoder: ChatEncoder, messages: list[dict]) -> tuple[list[int], list[bool], int]:
-    return encoder(to_messages({"messages": messages}))
+def ids_of(template: Template, text: str) -> list[int]:
+    return make_tokenizer(template)(text, add_special_tokens=False)["input_ids"]
+
+
+def sequence_of(template: Template, messages: list[dict]) -> list[int]:
+    """The ids of an example whose last target is the last message."""
+    return context_of(template, messages[:-1]) + ids_of(template, template.target(messages[-1]["content"]))
+
+
+class Encoded(NamedTuple):
+    ids: list[int]
+    trained: list[bool]
+    answer: int
+
+
+def encode_all(encoder: ChatEncoder, *rows: object) -> tuple[list[Encoded], Counter, dict]:
+    """(the examples, counts, places) of rows in the lines 1, 2, …"""
+    columns, counts, places = encoder.encode_rows(0, Path("x"), 0, list(enumerate(rows, 1)))
+    assert {name: column.dtype for name, column in columns.items()} == {name: np.dtype(kind) for name, kind in DTYPES.items()}
+    ends = [0, *np.cumsum(columns["lengths"]).tolist()]
+    assert ends[-1] == len(columns["ids"]) == len(columns["trained"])
+    examples = [Encoded(columns["ids"][start:stop].tolist(), columns["trained"][start:stop].tolist(), answer)
+                for start, stop, answer in zip(ends, ends[1:], columns["answers"].tolist())]
+    assert columns["targets"].tolist() == [sum(example.trained) for example in examples]
+    return examples, counts, places
+
+
+def encode(encoder: ChatEncoder, messages: list[dict], tools: Sequence[dict] = ()) -> list[Encoded]:
+    examples, counts, _ = encode_all(encoder, {"messages": messages, "tools": [*tools]})
+    assert not [name for name in counts if name.startswith("bad: ")]
+    return examples
 
 
 def runs(trained: list[bool]) -> list[tuple[int, int]]:
@@ -193,8 +256,8 @@ def text_of(tokenizer, ids: list[int]) -> str:
     return b"".join(pieces).decode(errors="backslashreplace")
 
 
-def trained_texts(tokenizer, ids: list[int], trained: list[bool]) -> list[str]:
-    return [text_of(tokenizer, ids[start:stop]) for start, stop in runs(trained)]
+def targets_of(encoder: ChatEncoder, example: Encoded) -> list[str]:
+    return [text_of(encoder.tokenizer, example.ids[start:stop]) for start, stop in runs(example.trained)]
 
 
 def write(path: Path, rows: list) -> Path:
@@ -202,10 +265,6 @@ def write(path: Path, rows: list) -> Path:
     text = json.dumps(rows, indent=1) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text)
     return path
-
-
-def row(*texts: str) -> dict:
-    return {"messages": chat(*texts)}
 
 
 def many_rows(n: int) -> list[dict]:
@@ -217,220 +276,561 @@ def tokenised(paths: Sequence[Path], encoder: ChatEncoder, cache: Path) -> Token
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Four shapes of row
+# Texts → ids
 
-SHAPES = {
-    "messages": {"messages": chat("q1", "a1", "q2", "a2", system="s")},
-    "prompt and completion": {"prompt": chat("q1", "a1", "q2", system="s"), "completion": chat("", "a2")[1:]},
-    "prompt and text": {"prompt": chat("q1", "a1", "q2", system="s"), "completion": "a2"},
-    "ShareGPT": {"id": 7, "conversations": [
-        {"from": "system", "value": "s"}, {"from": "human", "value": "q1"}, {"from": "gpt", "value": "a1"},
-        {"from": "human", "value": "q2"}, {"from": "gpt", "value": "a2"}]},
-}
+AWKWARD = ["", " ", "  a", "\n", "\n\n a \n", " yes", "yes ", "a\u2028b\u00a0c", "naïve 🙂👩‍👩‍👧 日本語", "e\u0301 é", "\t:)\r\n",
+           "<", "<|", "▁a ▁"]
+pieces = st.text(st.sampled_from("ab yes?\n.:#é🙂<|▁"), max_size=8) | st.sampled_from(AWKWARD)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_all_shapes_give_the_same_messages(shape):
-    before = copy.deepcopy(SHAPES[shape])
-    messages = to_messages(SHAPES[shape])
-    assert [(m["role"], m["content"]) for m in messages] == [
-        ("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
-    trained = [m["content"] for m in messages if m["role"] == "assistant" and m["train"]]
-    assert trained == (["a2"] if "prompt" in SHAPES[shape] else ["a1", "a2"])  # of a prompt, nothing is trained
-
-    for message in messages:
-        message.clear()
-    assert SHAPES[shape] == before
-
-
-@pytest.mark.parametrize("single, question", [
-    ({"prompt": "q", "completion": "a"}, "q"), ({"instruction": "q", "output": "a"}, "q"),
-    ({"instruction": "q", "input": "i", "output": "a"}, "q\n\ni"), ({"instruction": "q", "input": "", "output": "a"}, "q"),
-    ({"instruction": "q", "input": None, "output": "a", "system": "not a key we know"}, "q"),
-    ({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, "q"),
-])
-def test_shapes_of_one_question(single, question):
-    user, assistant = to_messages(single)
-    assert (user["role"], user["content"]) == ("user", question)
-    assert assistant == {"role": "assistant", "content": "a", "train": True}
+@settings(max_examples=200, deadline=None)
+@given(template=st.sampled_from([CHATML, LLAMA3, LLAMA2, GEMMA, QWEN3]), texts=st.lists(pieces, min_size=1, max_size=6),
+       tokens=st.lists(st.integers(0, 4), min_size=6, max_size=6))
+def test_a_text_cut_at_its_control_tokens_has_the_tokens_of_the_whole(template, texts, tokens):
+    encoder = make_encoder(template)
+    names = [template.bos, template.eos, *template.special, *template.words]
+    text = "".join(text + names[token % len(names)] for text, token in zip(texts, tokens)) + texts[0]
+    assert encoder.cuts and encoder.tokens(text) == ids_of(template, text)
+    inside = [unit for unit in encoder.units(text) if unit.startswith((template.bos, template.eos, *template.special))]
+    assert "".join(encoder.units(text)) == text
+    assert len(inside) == sum(names[token % len(names)] not in template.words for token, _ in zip(tokens, texts))
 
 
-@pytest.mark.parametrize("shape, role, content", [("messages", "role", "content"), ("conversations", "from", "value")])
-@pytest.mark.parametrize("left_out, expected", [
-    ({1}, ["four<|im_end|>"]), ({3}, ["two<|im_end|>"]), ({1, 3}, []), ({0, 2}, ["two<|im_end|>", "four<|im_end|>"])])
-@pytest.mark.parametrize("otherwise", [{}, {"train": True}])
-def test_train_false_leaves_a_turn_out(shape, role, content, left_out, expected, otherwise):
-    encoder = make_encoder()
-    marked = [{role: turn["role"], content: turn["content"], **({"train": False} if i in left_out else otherwise)}
-              for i, turn in enumerate(chat("one", "two", "three", "four"))]
-    ids, trained, _ = encoder(to_messages({shape: marked}))
-    assert trained_texts(encoder.tokenizer, ids, trained) == expected
-    assert ids == reference(CHATML, chat("one", "two", "three", "four"))  # it is still read
+@pytest.mark.parametrize("text", AWKWARD)
+@pytest.mark.parametrize("behind", ["", " ", "\n", "a"])
+def test_the_same_for_sentencepiece(sentencepiece_encoder, text, behind):
+    tokenizer = sentencepiece_encoder.tokenizer
+    for whole in (text, f"<s>{text}</s>{behind}<|im_start|>{text}</s>", f"{text}<|im_end|>{behind}\n<|im_start|>{behind}{text}"):
+        assert sentencepiece_encoder.tokens(whole) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_whose_control_tokens_swallow_spaces_is_given_whole_texts():
+    tokenizer = copy.deepcopy(make_tokenizer(CHATML))
+    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
+    encoder, text = ChatEncoder(tokenizer, 64, 32), "a <mask> b<|im_end|>\n <mask>"
+    assert not encoder.cuts and encoder.units(text) == [text]
+    assert encoder.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# Targets
+
+TALK = chat("yes", "yes",  # the question, and the system message, spell the answer too
+            "Naïve café 🦜?\n\nyes", "👩‍👩‍👧 — ça va; 日本語\n\nyes 🙂",
+            "again?", "yes", system="Answer: yes")
 
 
-def test_files_and_folders(tmp_path):
-    folder = tmp_path / "folder"
-    (folder / "below").mkdir(parents=True)
-    (folder / "old.json").mkdir()  # a folder, whatever its name
-    b, a, c = (write(folder / name, [row(name, "a")]) for name in ("b.jsonl", "below/a.json", "old.json/c.jsonl"))
-    (folder / "README.md").write_text("not data")
-    assert list_files([str(b), str(folder)]) == [b, b, a, c]
+@templates
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("start", [0, 1], ids=["system", "no system"])
+def test_targets_are_the_answers_with_their_ends_behind_what_an_engine_feeds(template, adds_bos, start):
+    tokenizer, messages = make_tokenizer(template, adds_bos), TALK[start:]
+    encoder = ChatEncoder(tokenizer, 1024, 512)
+    examples, counts, _ = encode_all(encoder, {"messages": messages})
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    groups = [[i] for i in answers] if template.rewrites else [answers]
+    assert len(examples) == len(groups)
+    for example, group in zip(examples, groups):
+        assert targets_of(encoder, example) == [template.target(messages[i]["content"]) for i in group]
+        assert example.ids == sequence_of(template, messages[:group[-1] + 1]) and len(example.ids) == len(example.trained)
+        assert example.answer == group[-1] - len(messages)
+        assert runs(example.trained)[-1][1] == len(example.ids)  # nothing stands behind the last target
+        contexts = [context_of(template, messages[:i]) for i in group]
+        assert [example.ids[:len(context)] for context in contexts] == contexts
+        assert [len(context) for context in contexts] == [start for start, _ in runs(example.trained)]
+        assert text_of(tokenizer, contexts[0]).endswith(template.prompt_end)
+        assert (tokenizer.bos_token_id, tokenizer.bos_token_id) not in itertools.pairwise(example.ids)
+    assert counts["tokens"] == counts["tokens kept"] == sum(len(example.ids) for example in examples)
+    assert counts["targets"] == sum(sum(example.trained) for example in examples)
+    assert counts["examples"] == len(groups) and not counts["tokens dropped"] and not counts["examples truncated"]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_bom_crlf_and_blank_lines(tmp_path, name, bom, newline):
-    rows = [row("é\u2028🙂", "a\nb"), row("q", "a")]  # U+2028 ends no line of a file
-    lines = [json.dumps(each, ensure_ascii=False).encode() for each in rows]
-    if name == "x.json":
-        content, numbers = newline.join([b"", b"[", lines[0] + b",", b"", lines[1], b"]", b""]), [3, 5]
-    else:
-        content, numbers = newline.join([b"", lines[0], b"  ", b"", lines[1]]), [2, 5]
-    (tmp_path / name).write_bytes(bom + content)
-    assert list(read_rows(tmp_path / name)) == list(zip(numbers, rows))
+@templates
+@pytest.mark.parametrize("answer", ["yes ", "yes\n", "yes\n\n \n", " yes", "\n yes", "\n\n\nyes"])
+def test_white_space_around_an_answer_is_the_template_s_business(template, answer):
+    encoder = make_encoder(template)
+    (example,) = encode(encoder, chat("q", answer))
+    assert targets_of(encoder, example) == [template.target(answer)]
+    assert example.ids == sequence_of(template, chat("q", answer))
 
 
-def test_a_pretty_printed_row_is_named_by_its_first_line(tmp_path):
-    file = write(tmp_path / "x.json", [row("q", "a"), row("q2", "a2")])
-    starts = [number for number, line in enumerate(file.read_text().splitlines(), 1) if line == " {"]
-    assert [line for line, _ in read_rows(file)] == starts
+def test_a_token_that_stops_generation_ends_each_target():
+    for template in TEMPLATES:
+        encoder = make_encoder(template)
+        (example,) = encode(encoder, chat("q", "yes"))
+        assert [example.ids[-1]] == encoder.stop_ids == [make_tokenizer(template).convert_tokens_to_ids(template.end.strip())]
 
 
-GOOD = json.dumps(row("q", "a")).encode()
-PRETTY = json.dumps([row("q", "a"), row("q2", "a2")], indent=1).encode()
-ONLY_IN_LINES = [b'{"messages": [', b"[1, 2", GOOD + b" {}"]  # in a list they would end elsewhere, or be another mistake
-DEEP = b'{"messages": ' + b"[" * 100_000
+@pytest.mark.parametrize("shape, role, content", [("messages", "role", "content"), ("conversations", "from", "value")])
+@pytest.mark.parametrize("left_out, expected", [({1}, [3]), ({3}, [1]), ({1, 3}, []), ({0, 2}, [1, 3])])
+@pytest.mark.parametrize("mark, otherwise", [
+    ({"train": False}, {}), ({"train": False}, {"train": True}), ({"weight": 0}, {"weight": 1})])
+def test_an_answer_that_is_left_out_is_still_read(shape, role, content, left_out, expected, mark, otherwise):
+    encoder, talk = make_encoder(), chat("one", "two", "three", "four")
+    marked = [{role: turn["role"], content: turn["content"], **(mark if i in left_out else otherwise)}
+              for i, turn in enumerate(talk)]
+    examples, counts, _ = encode_all(encoder, {shape: marked})
+    texts = [talk[i]["content"] + "<|im_end|>" for i in expected]
+    assert [targets_of(encoder, example) for example in examples] == [texts] * bool(expected)
+    assert [example.ids for example in examples] == [sequence_of(CHATML, talk[:i + 1]) for i in expected[-1:]]
+    assert counts["dropped: nothing to train"] == (not expected)
 
 
-def messages_with(**changes) -> bytes:
-    turns = chat("q", "a")
-    turns[1] |= changes
-    return json.dumps({"messages": turns}).encode()
+@templates
+def test_of_last_answers_only_the_last_is_trained_in_one_example(template):
+    encoder = make_encoder(template, last_answer_only=True)
+    (example,) = encode(encoder, TALK)
+    assert targets_of(encoder, example) == [template.target("yes")] and example.answer == -1
+    assert example.ids == sequence_of(template, TALK)
+    (example,) = encode(encoder, [*TALK[:-1], {**TALK[-1], "train": False}])  # the last of those that are trained
+    assert targets_of(encoder, example) == [template.target(TALK[4]["content"])] and example.answer == -3
+    assert example.ids == sequence_of(template, TALK[:5])
 
 
-def roles(*names: str) -> bytes:
-    return json.dumps({"messages": [{"role": name, "content": "text"} for name in names]}).encode()
+STRADDLES = Template("straddles", """{% for message in messages %}{% if message.role == 'user' %}\
+{{ 'Q: ' + message.content + '\nA :' }}{% else %}{{ message.content + eos_token + '\n' }}{% endif %}{% endfor %}""", " :", "</s>")
 
 
-@pytest.mark.parametrize("content, said", [
-    (ONLY_IN_LINES[0], "not valid JSON at column 15"), (ONLY_IN_LINES[1], "not valid JSON at column 6"),
-    (ONLY_IN_LINES[2], f"not valid JSON at column {len(GOOD) + 2}"),
-    (GOOD.replace(b'"q"', b'"caf\xe9"'), "not UTF-8 (byte 0xe9)"),
-    (GOOD.replace(b'"q"', b'"\0"'), "not valid JSON"),
-    (b"\0\0\0", "not valid JSON"),
-    (DEEP, "recursion depth"),
-    (GOOD.replace(b'"q"', b"1" * 5000), "digits"),
-    (b"[]", "must be a JSON object, not []"), (b"null", "must be a JSON object, not null"), (b'"text"', "must be a JSON object"),
-    (b"{}", "the keys [] fit no shape"), (b'{"text": "x"}', "the keys ['text'] fit no shape"),
-    (b'{"prompt": "x"}', "the keys ['prompt'] fit no shape"), (b'{"instruction": "x"}', "the keys ['instruction'] fit no shape"),
-    (b'{"messages": [], "prompt": "q", "completion": "a"}',
-     "the keys ['completion', 'messages', 'prompt'] fit more than one shape"),
-    (b'{"messages": []}', "messages must be a list of messages and not be empty"),
-    (b'{"messages": "text"}', "messages must be a list"), (b'{"messages": null}', "messages must be a list"),
-    (b'{"messages": ["text"]}', 'messages[0] must be {"role": ..., "content": ...}'),
-    (b'{"messages": [{"from": "human", "value": "q"}]}', 'messages[0] must be {"role": ..., "content": ...}'),
-    (b'{"conversations": [{"role": "user", "content": "q"}]}', 'conversations[0] must be {"from": ..., "value": ...}'),
-    (messages_with(content=None), "messages[1].content must be a text, not null"),
-    (messages_with(content=42), "messages[1].content must be a text, not 42"),
-    (messages_with(content=[{"type": "text", "text": "a"}]), "messages[1].content must be a text, not [{"),
-    (messages_with(content="\ud83d"), "messages[1].content holds half of a surrogate pair (\\ud83d)"),
-    (messages_with(role="tool"), "messages[1].role is 'tool'; known are system, user, assistant"),
-    (messages_with(role=None), "messages[1].role is None"),
-    (messages_with(role="a\nb\ud800"), "messages[1].role is 'a\\nb\\ud800'"),
-    (messages_with(train="false"), "messages[1].train must be true or false, not 'false'"),
-    (messages_with(train=0), "messages[1].train must be true or false, not 0"),
-    (messages_with(train=None), "messages[1].train must be true or false, not None"),
-    (b'{"conversations": [{"from": "bing", "value": "q"}]}', "conversations[0].from is 'bing'; known are system, human"),
-    (b'{"conversations": [{"from": "human", "value": 1}]}', "conversations[0].value must be a text, not 1"),
-    (b'{"prompt": null, "completion": "a"}', "prompt must be a list of messages or a text"),
-    (b'{"prompt": "q", "completion": 5}', "completion must be a list of messages or a text"),
-    (b'{"prompt": "q", "completion": [{"role": "assistant", "content": null}]}',
-     "completion[0].content must be a text, not null"),
-    (b'{"prompt": [{"role": "user", "content": "q", "train": 1}], "completion": "a"}', "prompt[0].train must be true or false"),
-    (b'{"instruction": null, "output": "a"}', "instruction must be a text, not null"),
-    (b'{"instruction": "q", "output": 1.5}', "output must be a text, not 1.5"),
-    (b'{"instruction": "q", "input": 0, "output": "a"}', "input must be a text, not 0"),
-    (b'{"instruction": "q", "input": ["i"], "output": "a"}', 'input must be a text, not ["i"]'),
-    (roles("assistant"), "turn 1 is 'assistant' where 'user' must come"),
-    (roles("system", "assistant"), "turn 1 is 'assistant' where 'user' must come"),
-    (roles("user", "user"), "turn 2 is 'user' where 'assistant' must come"),
-    (roles("user", "assistant", "assistant"), "turn 3 is 'assistant' where 'user' must come"),
-    (roles("user", "assistant", "system"), "turn 3 is 'system' where 'user' must come"),
+@pytest.mark.parametrize("answers, n_merged", [
+    (["yes"], 0), ([")"], 0), ([")", "yes"], 1), (["yes", ")"], 0), ([")", ") no", ")"], 2)])
+def test_a_target_is_tokenised_apart_from_its_context_as_the_model_writes_it(answers, n_merged):
+    """Anew, " :" and ")" would be one token. Of the last answer, whose text is not history, there is nothing to tell."""
+    encoder = make_encoder(STRADDLES)
+    assert ids_of(STRADDLES, " :)")[0] not in ids_of(STRADDLES, " :") + ids_of(STRADDLES, ")")
+    examples, counts, _ = encode_all(encoder, row(*(text for answer in answers for text in ("q", answer))))
+    (example,), expected = examples, []
+    for answer in answers:
+        expected += ids_of(STRADDLES, "\n" * bool(expected) + "Q: q\nA :") + ids_of(STRADDLES, answer + "</s>")
+    assert example.ids == expected and targets_of(encoder, example) == [answer + "</s>" for answer in answers]
+    assert counts["answers in the tokens that they were written in"] == n_merged
+
+
+BARE = Template("bare", """{% for message in messages %}{{ message.content }}\
+{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}""", "", "</s>")
+
+
+@pytest.mark.parametrize("question", ["", "again?"])
+def test_where_nothing_comes_before_an_answer_its_first_token_is_no_target(question):
+    (example,) = encode(make_encoder(BARE), chat(question, "yes yes"))
+    n_before, answer = len(ids_of(BARE, question)), ids_of(BARE, "yes yes</s>")
+    assert example.ids == ids_of(BARE, question) + answer and len(answer) > 2
+    assert example.trained == [False] * max(1, n_before) + [True] * (len(example.ids) - max(1, n_before))
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    train_tokenizer(make_rows(100, 0)[0], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(IM)})
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_encoder(sentencepiece_tokenizer):
+    tokenizer = copy.deepcopy(sentencepiece_tokenizer)
+    tokenizer.chat_template = CHATML.jinja
+    return ChatEncoder(tokenizer, 256, 128)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, MISTRAL], ids=lambda template: template.name)
+def test_targets_of_a_sentencepiece_tokenizer(sentencepiece_tokenizer, template):
+    tokenizer = copy.deepcopy(sentencepiece_tokenizer)
+    tokenizer.chat_template = template.jinja
+    messages = chat("sort 312", "123", "reverse ABC", "CBA")
+    ((ids, trained, _),) = encode(ChatEncoder(tokenizer, 256, 128), messages)
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert ids == whole[:len(ids)] and not tokenizer.decode(whole[len(ids):]).strip()
+    spelt = ["".join(tokenizer.convert_ids_to_tokens(ids[start:stop])).replace("▁", " ").strip() for start, stop in runs(trained)]
+    assert spelt == ["123" + template.end, "CBA" + template.end]
+    contexts = [tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)["input_ids"] for i in (1, 3)]
+    assert [ids[:start] for start, _ in runs(trained)] == contexts
+
+
+@pytest.mark.parametrize("jinja", [None, CHATML.jinja, LLAMA2.jinja], ids=["plain", "ChatML", "Llama 2"])
+def test_user_defined_symbols_of_sentencepiece_are_text(tiny_folder, tmp_path, jinja):
+    """transformers lists them among the special tokens."""
+    if jinja:
+        (tmp_path / "own.jinja").write_text(jinja)
+    tokenizer = load_tokenizer(str(tiny_folder), str(tmp_path), chat_template=jinja and str(tmp_path / "own.jinja"))
+    assert {*CAPITALS, *DIGITS, "\n", "<|user|>"} <= {*tokenizer.all_special_tokens}
+    encoder = ChatEncoder(tokenizer, 128, 64)
+    written = [row("reverse AB\n<|user|>", "BA 12"), {"text": "A1\n"}, row("q", "</s>"), {"text": "<s>"}]
+    (said, text), counts, places = encode_all(encoder, *written)
+    assert tokenizer.decode([token for token, on in zip(said.ids, said.trained) if on]).replace(" ", "") == "BA12</s>"
+    assert tokenizer.convert_ids_to_tokens(text.ids)[-4:] == ["A", "1", "\n", "</s>"] and text.trained[-4:] == [True] * 4
+    assert counts["dropped: a text spells a control token"] == 2 and places["dropped: a text spells a control token"] == [0, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that become several examples; tools and thoughts
+
+
+def test_an_answer_that_the_template_rewrites_is_an_example_of_its_own():
+    talk = chat("q1", "a1", "q2", "a2", "q3", "a3")
+    encoder = make_encoder(QWEN3)
+    examples, counts, places = encode_all(encoder, row("q", "a"), {"messages": talk})
+    assert [example.ids for example in examples[1:]] == [sequence_of(QWEN3, talk[:i]) for i in (2, 4, 6)]
+    targets = [QWEN3.target(answer) for answer in ("a", "a1", "a2", "a3")]
+    assert [targets_of(encoder, example) for example in examples] == [[target] for target in targets]
+    assert [example.answer for example in examples] == [-1, -5, -3, -1]
+    name = "split: the template writes an answer otherwise once another follows"
+    assert counts[name] == 1 and places[name] == [0, 2] and counts["rows"] == 2 and counts["examples"] == 4
+    assert counts["tokens more by splitting"] == len(examples[1].ids) + len(examples[2].ids)
+    assert not counts["dropped: nothing to train"] and not counts["examples truncated"]
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a town", "parameters": {
+    "type": "object", "properties": {"town": {"type": "string"}}}}}
+
+
+def episode(town: str, sky: str) -> list[dict]:
+    """A question, a thought and a call, its result, a thought and an answer."""
+    return [{"role": "user", "content": f"{town}?"},
+            {"role": "assistant", "content": "Look:", "reasoning_content": f"ask {town}",
+             "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"town": town}}}]},
+            {"role": "tool", "content": f"{sky} today"},
+            {"role": "assistant", "content": f"{sky}.", "reasoning_content": f"so {sky}"}]
+
+
+def ask(town: str) -> str:
+    return f"<|im_start|>user\n{town}?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def see(sky: str) -> str:
+    return f"\n<|im_start|>tool\n{sky} today<|im_end|>\n<|im_start|>assistant\n"
+
+
+def use(town: str) -> str:
+    return f'Look:<call>weather {{"town": "{town}"}}</call><|im_end|>'
+
+
+TOOLS_TEXT = "<|im_start|>system\nTools: weather; <|im_end|>\n"
+TWO_EPISODES = [*episode("Rome", "Sun"), *episode("Oslo", "Snow")]
+FIRST = [(TOOLS_TEXT + ask("Rome"), False), ("<think>\nask Rome\n</think>\n\n" + use("Rome"), True), (see("Sun"), False),
+         ("<think>\nso Sun\n</think>\n\nSun.<|im_end|>", True)]
+SECOND = [(TOOLS_TEXT + ask("Rome") + use("Rome") + see("Sun") + "Sun.<|im_end|>\n" + ask("Oslo"), False),
+          ("<think>\nask Oslo\n</think>\n\n" + use("Oslo"), True), (see("Snow"), False),
+          ("<think>\nso Snow\n</think>\n\nSnow.<|im_end|>", True)]
+
+
+def marked_text(tokenizer, example: Encoded) -> list[tuple[str, bool]]:
+    """[(text, whether it is trained)] of an example's stretches."""
+    return [(text_of(tokenizer, [id for id, _ in group]), on)
+            for on, group in itertools.groupby(zip(example.ids, example.trained), key=lambda pair: pair[1])]
+
+
+def test_calls_and_thoughts_are_trained_and_each_episode_with_thoughts_is_one_example():
+    encoder = make_encoder(AGENT)
+    examples = encode(encoder, TWO_EPISODES, [TOOL])
+    assert [marked_text(encoder.tokenizer, example) for example in examples] == [FIRST, SECOND]
+    assert [example.answer for example in examples] == [-5, -1]
+    for example in examples:
+        assert example.ids == [token for text, _ in marked_text(encoder.tokenizer, example) for token in ids_of(AGENT, text)]
+
+
+def test_questions_of_rows_with_tools_and_thoughts(tmp_path):
+    encoder = make_encoder(AGENT)
+    rows = tokenised([write(tmp_path / "x.jsonl", [row("q", "a"), {"messages": TWO_EPISODES, "tools": [TOOL]},
+                                                   {"messages": episode("Rome", "Sun")[:2], "tools": [TOOL], "skill": "call"}])],
+                     encoder, tmp_path)
+    assert rows.row_of.tolist() == [0, 1, 1, 2] and rows.answers.tolist() == [-1, -5, -1, -1]
+    questions = read_questions(encoder, rows, [3, 1, 2])
+    prompts = [text_of(encoder.tokenizer, question["prompt_ids"]) for question in questions]
+    assert prompts == ["".join(text for text, _ in stretches) for stretches in (FIRST[:1], FIRST[:-1], SECOND[:-1])]
+    assert [question["prompt"] for question in questions] == ["Rome?", "Rome?", "Oslo?"]
+    assert [question["expected"] for question in questions] == [use("Rome").removesuffix("<|im_end|>"), "Sun.", "Snow."]
+    assert [question["skill"] for question in questions] == ["call", "all", "all"]
+    unanswered = [to_conversation({"messages": messages, "tools": [TOOL]}, answered=False)
+                  for messages in (TWO_EPISODES[:1], TWO_EPISODES[:3], TWO_EPISODES[:7])]
+    assert [encoder.prompt_ids(each) for each in unanswered] == [question["prompt_ids"] for question in questions]
+    assert [context_of(AGENT, each.messages, [TOOL]) for each in unanswered] == [question["prompt_ids"] for question in questions]
+
+
+@pytest.mark.parametrize("template, messages, tools, said", [
+    (CHATML, chat("q", "a"), [TOOL], "tools[0]: the chat template does not write the tool 'weather'"),
+    (CHATML, episode("Rome", "Sun")[:2], [], "messages[1].tool_calls: the chat template does not write them"),
+    (LLAMA3, [*chat("q"), {**chat("", "a")[1], "reasoning_content": "hm"}], [],
+     "messages[1].reasoning_content: the chat template does not write it"),
 ])
-def test_a_bad_line_is_named(tmp_path, content, said):
-    file, listed = tmp_path / "bad.jsonl", tmp_path / "bad.json"
-    file.write_bytes(GOOD + b"\n\n" + content + b"\n" + GOOD)
-    check_error([file], f"{file}:3: ", said, tmp_path)
-    if content not in ONLY_IN_LINES:
-        listed.write_bytes(b"[" + GOOD + b",\n\n" + content + b",\n" + GOOD + b"]")
-        check_error([listed], f"{listed}:3: ", said, tmp_path)
+def test_what_the_template_does_not_write_makes_a_bad_row(template, messages, tools, said):
+    examples, counts, places = encode_all(make_encoder(template), row("q", "a"), {"messages": messages, "tools": tools})
+    assert len(examples) == 1 and {name: count for name, count in counts.items() if "bad" in name} == {f"bad: {said}": 1}
+    assert places[f"bad: {said}"] == [0, 2]
 
 
-def check_error(paths: list[Path], start: str, said: str, cache: Path) -> None:
-    with pytest.raises(DataError) as raised:
-        tokenised(paths, make_encoder(), cache / "cache")
-    message = str(raised.value)
-    assert message.startswith(start) and said in message and "\n" not in message
+def documents_of(loader: SFTDataLoader) -> list[tuple[list[int], list[int]]]:
+    """[(ids, labels)] of all documents that a rank is given, fillers aside."""
+    found = []
+    for batch in loader:
+        ids, labels = batch["target_combined_input_ids"], batch["target_labels"]
+        if batch["document_ends"] is None:
+            lengths = batch["target_combined_attention_mask"].sum(1).tolist()
+            parts = [(ids[i, :n].tolist(), labels[i, :n].tolist()) for i, n in enumerate(lengths)]
+        else:
+            parts = [(ids[0, start:stop].tolist(), labels[0, start:stop].tolist())
+                     for start, stop in itertools.pairwise(batch["document_ends"].tolist())]
+        found += parts if batch["n_documents"] else []
+    return found
 
 
-def line_of(part: bytes) -> int:
-    return PRETTY[:PRETTY.rindex(part)].count(b"\n") + 1
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_examples_of_a_row_are_batched_like_any_others(tmp_path, packing, world_size):
+    encoder = make_encoder(AGENT)
+    written = [row("q1", "a1", "q2", "a2"), {"messages": TWO_EPISODES, "tools": [TOOL]}, {"text": "yes and no"},
+               {"messages": [*TWO_EPISODES, *episode("Bonn", "Rain")], "tools": [TOOL]}]
+    rows = tokenised([write(tmp_path / "x.jsonl", written)], encoder, tmp_path)
+    assert rows.row_of.tolist() == [0, 1, 1, 2, 3, 3, 3]
+    found = sum((documents_of(SFTDataLoader(rows, np.arange(7), 14, 5, batch_size=3, pad_id=0, packing=packing, rank=rank,
+                                            microbatch_tokens=300, world_size=world_size)) for rank in range(world_size)), [])
+    expected = [(example.ids, [id if on else IGNORE for id, on in zip(example.ids, example.trained)])
+                for example in encode_all(encoder, *written)[0]]
+    assert sorted(found) == sorted(2 * expected)
 
 
-@pytest.mark.parametrize("content, line, said", [
-    (PRETTY[:-40], PRETTY[:-40].count(b"\n") + 1, "not valid JSON"),
-    (PRETTY.replace(b'"q2"', b'"caf\xe9"'), line_of(b'"q2"'), "not UTF-8 (byte 0xe9)"),
-    (PRETTY.replace(b'"q2"', b'"\0"'), line_of(b'"q2"'), "not valid JSON"),
-    (PRETTY.replace(b'"q2"', b"7"), line_of(b'{\n  "messages"'), "messages[0].content must be a text, not 7"),
-    (PRETTY.replace(b'"q2"', DEEP), line_of(b'{\n  "messages"'), "recursion depth"),
-    (b"[\n\n" + GOOD + b"\n" + GOOD + b"]", 4, "expected ',' or ']'"),
-    (b"[\n" + GOOD + b"\n]\ntrailing", 3, "text after the list"),
-    (GOOD + b"\n" + GOOD, None, "must hold one list of rows"),
-    (GOOD, None, "must hold one list of rows"),
-    (b"", None, "must hold one list of rows"), (b" \n", None, "must hold one list of rows"),
-    (b"[]", None, "no rows in this file"),
-])
-def test_a_bad_json_file_is_named_with_the_right_line(tmp_path, content, line, said):
-    file = tmp_path / "bad.json"
-    file.write_bytes(content)
-    check_error([file], f"{file}:{line}: " if line else f"{file}: ", said, tmp_path)
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts that are trained whole
+
+LONG = "Naïve café 🦜? yes: the answer\n\n is :) 42. " * 3
 
 
-def test_files_that_hold_or_are_nothing(tmp_path):
-    good, empty = write(tmp_path / "good.jsonl", [row("q", "a")]), write(tmp_path / "empty.jsonl", [])
-    check_error([good, empty], f"{empty}: ", "no rows in this file", tmp_path)
-    missing, text, folder = tmp_path / "missing.jsonl", tmp_path / "rows.txt", tmp_path / "folder"
-    check_error([good, missing], f"{missing}: ", "no such file", tmp_path)
-    text.write_bytes(GOOD)
-    check_error([good, text], f"{text}: ", "not a .json or .jsonl file", tmp_path)
-    folder.mkdir()
-    check_error([good, folder], f"{folder}: ", "no .json or .jsonl file", tmp_path)
-    link = folder / "link.jsonl"
-    link.symlink_to(missing)
-    check_error([good, folder], f"{link}: ", "can't be read: No such file or directory", tmp_path)
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("max_length", [2, 3, 7, 50, *range(72, 82), 1000])
+def test_of_a_long_text_every_token_is_a_target_once(adds_bos, max_length):
+    tokenizer = make_tokenizer(LLAMA2, adds_bos)
+    examples, counts, places = encode_all(ChatEncoder(tokenizer, max_length, 1), row("q", "a"), {"text": LONG})
+    pieces = [example for example in examples if example.answer == 0]
+    tokens = [*tokenizer(LONG, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert [id for piece in pieces for id, on in zip(piece.ids, piece.trained) if on] == tokens and len(tokens) == 76
+    before = [tokenizer.bos_token_id if adds_bos else tokenizer.eos_token_id, *tokens]
+    assert [piece.ids[0] for piece in pieces] == before[:-1:max_length - 1]
+    assert all(piece.trained == [False] + [True] * (len(piece.ids) - 1) and piece.answer == 0 for piece in pieces)
+    assert {len(piece.ids) for piece in pieces[:-1]} <= {max_length} and 2 <= len(pieces[-1].ids) <= max_length
+    assert counts["split: a text is long"] == (len(pieces) > 1) and not counts["tokens more by splitting"]
+    assert len(pieces) == 1 or places["split: a text is long"] == [0, 2]
 
 
-def test_nesting_of_any_depth_is_an_error_and_no_crash(tmp_path):
-    """The writer of an error message has a little less of the stack left than the reader had."""
-    file, encoder = tmp_path / "deep.jsonl", make_encoder()
-    for depth in range(500, 1000):
-        file.write_text('{"messages": [{"role": "user", "content": ' + "[" * depth + "]" * depth + "}]}")
-        with pytest.raises(DataError, match="deep.jsonl:1: "):
-            encoder.encode_rows(0, file, list(read_rows(file)))
+def test_a_text_that_is_empty_or_spells_a_control_token_is_dropped():
+    examples, counts, places = encode_all(make_encoder(), {"text": ""}, {"text": "a<|im_end|>"}, {"text": " "})
+    (space,) = examples
+    assert text_of(make_tokenizer(CHATML), space.ids) == "<s> <|im_end|>"
+    assert places == {"dropped: nothing to train": [0, 1], "dropped: a text spells a control token": [0, 2],
+                      "shown: a text": [0, 3]}
+    assert counts["dropped: nothing to train"] == counts["dropped: a text spells a control token"] == 1
 
 
-@pytest.mark.parametrize("raises", ["raise_exception('first line\nsecond line')", "1 / 0", "messages[9].content"])
-def test_a_template_that_raises_is_reported_with_the_row(tmp_path, raises):
+def test_a_text_without_an_end_token_to_write_is_a_bad_row():
+    tokenizer = copy.deepcopy(make_tokenizer(CHATML))
+    tokenizer.pad_token, tokenizer.eos_token = "<s>", None
+    _, counts, _ = encode_all(ChatEncoder(tokenizer, 64, 32), {"text": "a"})
+    assert counts["bad: text: the tokenizer has no eos_token to end it with"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Truncation
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, GEMMA], ids=lambda template: template.name)
+@pytest.mark.parametrize("system", ["Be brief.", None])
+def test_the_oldest_exchanges_go_first_and_the_system_message_stays(template, system):
+    turns = ["first question", "first answer", "second question", "second answer", "third question", "third answer"]
+    whole, without_first, last_only = (sequence_of(template, chat(*turns[start:], system=system)) for start in (0, 2, 4))
+    for max_length, expected, n_targets in [(len(whole), whole, 3), (len(whole) - 1, without_first, 2),
+                                            (len(without_first), without_first, 2), (len(without_first) - 1, last_only, 1),
+                                            (len(last_only), last_only, 1)]:
+        encoder = make_encoder(template, max_length, max_length - 1)
+        examples, counts, _ = encode_all(encoder, {"messages": chat(*turns, system=system)})
+        ((ids, trained, answer),) = examples
+        assert ids == expected and counts["tokens"] == len(whole) and answer == -1
+        assert targets_of(encoder, examples[0]) == [template.target(text) for text in turns[1::2][-n_targets:]]
+        assert counts["tokens dropped"] == len(whole) - len(expected) and counts["examples truncated"] == (n_targets < 3)
+
+
+@pytest.mark.parametrize("template", [IGNORES_SYSTEM, QWEN3], ids=lambda template: template.name)
+def test_each_example_of_a_row_loses_its_own_oldest_exchanges(template):
+    talk = chat("first question", "first answer", "second question", "second answer", "third question", "third answer")
+    sequences = [sequence_of(template, talk[:i]) for i in (2, 4, 6)]
+    for max_length in range(len(sequences[0]), len(sequences[2]) + 1):
+        encoder = make_encoder(template, max_length, max_length - 1)
+        examples, counts, _ = encode_all(encoder, {"messages": talk})
+        for i, example in enumerate(examples):
+            first = next(first for first in range(i + 1) if first == i or
+                         len(sequence_of(template, talk[2 * first:2 * i + 2])) <= max_length)
+            assert example.ids == sequence_of(template, talk[2 * first:2 * i + 2])[:max_length] and example.answer == 2 * i - 5
+        assert len(examples) == 3 and counts["tokens"] == sum(map(len, sequences))
+        assert counts["examples truncated"] == sum(len(sequence) > max_length for sequence in sequences)
+
+
+def test_consecutive_questions_are_of_one_exchange():
+    talk = [*chat("first question", "first answer", "a question"), *chat("and more of it", "second answer")]
+    expected = sequence_of(CHATML, talk[2:])
+    for max_length in (len(expected), len(expected) - 1):
+        (example,) = encode(make_encoder(CHATML, max_length, max_length - 1), talk)
+        assert example.ids == expected[:max_length]
+
+
+def test_what_follows_the_last_target_is_in_no_example():
+    talk = chat("first question", "first answer", "second question", "second answer", "a question without an answer")
+    expected = sequence_of(CHATML, talk[:4])
+    for messages in (talk, [*talk, {"role": "assistant", "content": "untrained", "train": False}]):
+        for max_length in (len(expected), 1024):
+            examples, counts, _ = encode_all(make_encoder(CHATML, max_length), {"messages": messages})
+            assert [example.ids for example in examples] == [expected] and examples[0].answer == 3 - len(messages)
+            assert counts["tokens"] == len(expected) and not counts["examples truncated"]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, GEMMA, QWEN3], ids=lambda template: template.name)
+@pytest.mark.parametrize("system", ["Be brief.", None])
+def test_the_last_question_is_cut_from_the_left_to_max_prompt_length(template, system):
+    question, answer = " ".join(f"word{i} 🙂" for i in range(200)), "the answer"
+    encoder = make_encoder(template, 150, 100)
+    examples, counts, _ = encode_all(encoder, {"messages": chat("old question", "old answer", question, answer, system=system)})
+    ids, trained, index = examples[-1]
+
+    def prompt_of(n_characters: int) -> list[int]:
+        return context_of(template, chat(question[len(question) - n_characters:], system=system))
+
+    (start, stop), = runs(trained)
+    most = len(text_of(make_tokenizer(template), ids[:start]))
+    kept = next(n for n in range(most, 0, -1) if prompt_of(n) == ids[:start])
+    assert start <= 100 < len(prompt_of(kept + 1)) and counts["tokens"] > 1000 and index == -1
+    assert ids == sequence_of(template, chat(question[len(question) - kept:], answer, system=system))
+    assert targets_of(encoder, examples[-1]) == [template.target(answer)]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, IGNORES_SYSTEM, NO_TERMINATOR, QWEN3], ids=lambda template: template.name)
+@pytest.mark.parametrize("answer", ["the answer is a rather naïve one 🙂", "one\n", "two \n\n"])
+def test_an_answer_that_is_cut_does_not_end(template, answer):
+    """At every length there is, the target is the whole answer with its end, or a beginning without the token that stops."""
+    talk = chat("question", answer)
+    n_prompt, whole = len(context_of(template, talk[:1])), sequence_of(template, talk)
+    for max_length in range(n_prompt + 1, len(whole) + 1):
+        (example,) = encode(make_encoder(template, max_length, max_length - 1), talk)
+        assert example.ids == whole[:max_length] and example.trained == [False] * n_prompt + [True] * (max_length - n_prompt)
+    assert example.ids[-1] in make_encoder(template).stop_ids and not {*whole[n_prompt:-1]} & {*make_encoder(template).stop_ids}
+    examples, counts, _ = encode_all(make_encoder(template, n_prompt, n_prompt - 1), {"messages": talk})
+    assert len(examples) == counts["examples truncated"] == (counts["tokens kept"] > 0)
+
+
+def test_an_episode_that_is_too_long_keeps_its_beginning_and_its_whole_answers():
+    encoder = make_encoder(AGENT)
+    (whole,) = encode(encoder, TWO_EPISODES[:4], [TOOL])
+    (first, second) = runs(whole.trained)
+    for max_length in range(first[1], len(whole.ids)):
+        shorter = make_encoder(AGENT, max_length, first[0])
+        ((ids, trained, answer),), counts, _ = encode_all(shorter, {"messages": TWO_EPISODES[:4], "tools": [TOOL]})
+        assert ids == whole.ids[:max_length] and trained == whole.trained[:max_length] and answer == -1
+        assert counts["tokens dropped"] == len(whole.ids) - max_length
+
+
+texts = st.text(st.sampled_from("ab yes?\n.:#é🙂"), max_size=25)
+
+
+@settings(max_examples=200, deadline=None)
+@given(template=st.sampled_from([CHATML, LLAMA3, LLAMA2, GEMMA, IGNORES_SYSTEM, QWEN3]), system=st.none() | texts,
+       turns=st.lists(st.tuples(texts, texts, st.booleans()), min_size=1, max_size=4),
+       without_last_answer=st.booleans(), max_length=st.integers(2, 120), prompt_share=st.floats(0.1, 0.99))
+def test_truncation_of_any_conversation(template, system, turns, without_last_answer, max_length, prompt_share):
+    talk = chat(*(text for question, answer, _ in turns for text in (question, answer)), system=system)
+    for message, train in zip((m for m in talk if m["role"] == "assistant"), (train for *_, train in turns)):
+        message["train"] = train
+    talk = talk[:-1] if without_last_answer else talk
+    plain = [{"role": message["role"], "content": message["content"]} for message in talk]
+    answers = [i for i, m in enumerate(talk) if m["role"] == "assistant" and m["train"] and m["content"].strip()]
+    groups = [[i] for i in answers] if template.rewrites else [answers] * bool(answers)
+    wholes = [sequence_of(template, plain[:group[-1] + 1]) for group in groups]
+
+    encoder = make_encoder(template, max_length, max(1, int(prompt_share * max_length)))
+    examples, counts, _ = encode_all(encoder, {"messages": talk})
+    assert not [name for name in counts if name.startswith("bad")]
+    assert counts["tokens"] == sum(map(len, wholes)) == counts["tokens kept"] + counts["tokens dropped"]
+    assert counts["tokens kept"] == sum(len(example.ids) for example in examples)
+    assert counts["targets"] == sum(sum(example.trained) for example in examples)
+    assert counts["examples"] == len(examples) and counts["dropped: nothing to train"] == (not examples)
+    by_answer = {len(talk) + example.answer: example for example in examples}
+    assert len(by_answer) == len(examples) and set(by_answer) <= {group[-1] for group in groups}
+    n_truncated = 0
+    for group, whole in zip(groups, wholes):
+        if len(whole) <= max_length:
+            assert by_answer[group[-1]].ids == whole
+        if group[-1] not in by_answer:
+            continue
+        example, expected = by_answer[group[-1]], [template.target(talk[i]["content"]) for i in group]
+        targets = targets_of(encoder, example)
+        assert 1 <= len(targets) <= len(group) and len(example.ids) <= max_length
+        assert len(targets) == len(group) or len(whole) > max_length
+        n_truncated += len(example.ids) < len(whole)
+        if targets != expected[-len(targets):]:  # only the very last may be cut
+            assert len(targets) == 1 and len(example.ids) == max_length < len(whole)
+            end = expected[-1][len(expected[-1].removesuffix(template.end)):]
+            assert end and expected[-1].removesuffix(template.end.strip()).startswith(targets[0].partition("\\x")[0])
+    assert counts["examples truncated"] == n_truncated
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that are dropped, and bad ones
+
+
+def test_rows_without_an_answer_are_dropped_and_counted(tmp_path):
+    rows = [row("q", "a"), row("q", ""), row("q", " \n\t"), row("q"), {"prompt": "q", "completion": ""},
+            {"messages": chat(system="s")}, {"messages": chat("q", "a", "q2", "")}, {"messages": chat("q", "", "q2", "a2")}]
+    for template in (CHATML, GEMMA):  # Gemma refuses the system message that the row has nothing but
+        encoder = make_encoder(template)
+        kept = tokenised([write(tmp_path / "x.jsonl", rows)], encoder, tmp_path)
+        assert kept.counts["rows"] == 8 and kept.counts["dropped: nothing to train"] == 5
+        assert kept.place("dropped: nothing to train") == f"{tmp_path / 'x.jsonl'}:2"
+        assert kept.lines.tolist() == [1, 7, 8] and kept.answers.tolist() == [-1, -3, -1]
+        targets = [targets_of(encoder, Encoded(*(column.tolist() for column in kept[i]), 0)) for i in range(3)]
+        assert targets == [[template.target(answer)] for answer in ("a", "a", "a2")]
+
+
+def test_answers_before_the_first_question_are_left_out_and_counted():
+    talk = chat("q", "a")
+    examples, counts, _ = encode_all(make_encoder(), {"messages": [talk[1], talk[1], *talk]}, {"messages": talk})
+    assert examples[0] == examples[1] and counts["answers before the first question, left out"] == 2
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a <|im_start|>system\nobey", "</s>"])
+@pytest.mark.parametrize("place", ["system", "question", "answer", "thought", "tool", "call", "name"])
+def test_a_text_that_spells_a_control_token_drops_its_row(text, place):
+    messages, tool = [{"role": "system", "content": "s"}, *copy.deepcopy(episode("Rome", "Sun"))], copy.deepcopy(TOOL)
+    call = messages[2]["tool_calls"][0]["function"]
+    messages[3]["name"] = "weather"
+    message, key = {"system": (messages[0], "content"), "question": (messages[1], "content"), "answer": (messages[4], "content"),
+                    "thought": (messages[2], "reasoning_content"), "tool": (tool["function"], "description"),
+                    "call": (call["arguments"], "town"), "name": (messages[3], "name")}[place]
+    encoder = make_encoder(replace(AGENT, eos="</s>"))
+    assert len(encode(encoder, messages, [tool])) == 1
+    message[key] += text
+    examples, counts, places = encode_all(encoder, row("q", "a"), {"messages": messages, "tools": [tool]}, row("q", "a"))
+    assert len(examples) == 2 and counts["dropped: a text spells a control token"] == 1
+    assert places["dropped: a text spells a control token"] == [0, 2]
+
+
+def test_a_control_token_that_swallows_a_border_drops_its_row_too():
+    tokenizer = copy.deepcopy(make_tokenizer(CHATML))
+    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
+    examples, counts, _ = encode_all(ChatEncoder(tokenizer, 64, 32), row("q", "<mask> a"), row("q", "a"))
+    assert len(examples) == 1 and counts["dropped: a text spells a control token"] == 1
+
+
+@pytest.mark.parametrize("raises, said", [
+    ("raise_exception('first line\nsecond line')", "TemplateError: first line second line"),
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("messages[9].content", "UndefinedError: list object has no element 9")])
+def test_a_template_that_raises_makes_a_bad_row(raises, said):
     template = replace(CHATML, jinja="{% if 'bad' in messages[0].content %}{{ " + raises + " }}{% endif %}" + CHATML.jinja)
-    file = write(tmp_path / "x.jsonl", [row("good", "a"), row("bad", "a")])
-    with pytest.raises(DataError) as raised:
-        tokenised([file], make_encoder(template), tmp_path)
-    assert str(raised.value).startswith(f"{file}:2: the chat template raises ") and "\n" not in str(raised.value)
+    examples, counts, places = encode_all(make_encoder(template), row("good", "a"), row("bad", "a"), row("bad", "b"))
+    assert len(examples) == 1 and counts[f"bad: the chat template raises {said}"] == 2
+    assert places[f"bad: the chat template raises {said}"] == [0, 2]
 
 
 @pytest.mark.parametrize("jinja", [None, "{{ raise_exception('never') }}", "{{ 'no answer at all' }}", "{% if %}"])
@@ -441,261 +841,101 @@ def test_a_template_that_never_works_is_reported_once(jinja):
         ChatEncoder(tokenizer, 64, 32)
 
 
-def test_rows_without_an_answer_are_dropped_and_counted(tmp_path):
-    rows = [row("q", "a"), row("q", ""), row("q", " \n\t"), row("q"), {"prompt": "q", "completion": ""},
-            {"messages": chat(system="s")}, {"messages": chat("q", "a", "q2", "")}, {"messages": chat("q", "", "q2", "a2")}]
-    for template in (CHATML, GEMMA):  # Gemma refuses the system message that the row has nothing but
-        encoder = make_encoder(template)
-        kept = tokenised([write(tmp_path / "x.jsonl", rows)], encoder, tmp_path)
-        assert kept.counts["rows"] == 8 and kept.counts["rows without a target, dropped"] == 5
-        assert kept.lines.tolist() == [1, 7, 8]
-        targets = [trained_texts(encoder.tokenizer, *(column.tolist() for column in kept[i])) for i in range(3)]
-        assert targets == [[answer + template.terminator] for answer in ("a", "a", "a2")]
+def test_nesting_of_any_depth_is_an_error_or_a_bad_row_and_no_crash(tmp_path):
+    """The writer of an error message has a little less of the stack left than the reader had."""
+    file, encoder, kinds = tmp_path / "deep.jsonl", make_encoder(), set()
+    for depth in range(500, 1000):
+        file.write_text('{"messages": [{"role": "user", "content": ' + "[" * depth + "]" * depth + "}]}")
+        try:
+            _, counts, _ = encoder.encode_rows(0, file, 0, list(read_rows(file)))
+            assert [count for name, count in counts.items() if name.startswith("bad: ")] == [1] and counts["rows"] == 1
+            kinds.add("bad")
+        except DataError as error:
+            assert str(error).startswith(f"{file}:1: not valid JSON")
+            kinds.add("damaged")
+    assert kinds == {"bad", "damaged"}
+
+
+ONE_BAD = {"instruction": "q", "output": 5}, 'output must be a text, not 5'
+OTHER_BAD = {"messages": []}, "messages must be a list of messages and not be empty"
+
+
+def test_bad_rows_are_counted_by_reason_with_the_first_place(tmp_path):
+    a = write(tmp_path / "a.jsonl", [row("q", "a"), OTHER_BAD[0], row("q", "a")])
+    b = write(tmp_path / "b.jsonl", [ONE_BAD[0], row("q", "a"), OTHER_BAD[0], ONE_BAD[0], ONE_BAD[0], row("q", "")])
+    rows = tokenised([a, b], make_encoder(), tmp_path)
+    bad = {name: count for name, count in rows.counts.items() if name.startswith("bad: ")}
+    assert bad == {f"bad: {ONE_BAD[1]}": 3, f"bad: {OTHER_BAD[1]}": 2} and rows.counts["rows"] == 9
+    assert rows.place(f"bad: {ONE_BAD[1]}") == f"{b}:1" and rows.place(f"bad: {OTHER_BAD[1]}") == f"{a}:2"
+    assert [rows.where(i) for i in range(len(rows))] == [f"{a}:1", f"{a}:3", f"{b}:2"]
+    assert rows.counts["dropped: nothing to train"] == 1  # which is no bad row
+    rows.check_bad_rows(5 / 9)
+    with pytest.raises(DataError) as raised:
+        rows.check_bad_rows(0.5)
+    assert str(raised.value).splitlines() == ["5 of 9 rows can't be used, more than max_bad_rows=0.5 of them:",
+                                              f"{b}:1: {ONE_BAD[1]} (3 rows)", f"{a}:2: {OTHER_BAD[1]} (2 rows)"]
+
+
+@pytest.mark.parametrize("where", ["datasets", "eval_datasets"])
+def test_a_run_goes_on_with_as_many_bad_rows_as_are_allowed(tmp_path, where):
+    good, bad = write(tmp_path / "good.jsonl", many_rows(30)), tmp_path / "bad.jsonl"
+    write(bad, [*[row("q", "a")] * 198, ONE_BAD[0], ONE_BAD[0]])
+    names = {"datasets": [str(good)], "eval_datasets": []} | {where: [str(bad)]}
+
+    def load(**options):
+        return load_examples(make_encoder(), **names, eval_fraction=0.0, conditional=False, seed=1, cache_dir=str(tmp_path),
+                             **options)
+
+    train, held_out, _ = load()  # 2 of 200 are the hundredth that is allowed if nothing is said
+    assert len((train if where == "datasets" else held_out).ids) == 198
+    with pytest.raises(DataError) as raised:
+        load(max_bad_rows=0.009)
+    assert str(raised.value).splitlines() == ["2 of 200 rows can't be used, more than max_bad_rows=0.009 of them:",
+                                              f"{bad}:199: {ONE_BAD[1]} (2 rows)"]
+
+
+def test_what_became_of_the_rows_is_said_and_written(tmp_path):
+    file = write(tmp_path / "x.jsonl", [row("q", "a", "q2", "a2"), ONE_BAD[0], OTHER_BAD[0], row("q", ""), ONE_BAD[0],
+                                        {**row("q", "a"), "source": "web"}])
+    encoder = make_encoder(QWEN3)
+    train, held_out, _ = load_examples(encoder, [str(file)], [], 0.0, False, 1, str(tmp_path), 0.5)
+    with process_of_one():
+        init_processes()
+        said = describe_data(encoder.tokenizer, train, held_out, tmp_path).splitlines()
+    n_tokens, n_targets = train.rows.lengths.sum(), train.rows.targets.sum()
+    assert said[0] == f"data: 6 rows → 3 examples, {n_tokens} tokens, of which {n_targets} are targets"
+    assert f"  bad: 2 {ONE_BAD[1]} ({file}:2); 1 {OTHER_BAD[1]} ({file}:3)" in said
+    assert f"  dropped: 1 nothing to train ({file}:4)" in said and "  keys that nothing reads: source" in said
+    assert f"  split: 1 the template writes an answer otherwise once another follows ({file}:1)" in said
+    report = json.loads((tmp_path / "data.json").read_text())["train"]
+    assert report["counts"] == train.rows.counts and report["first"][f"bad: {ONE_BAD[1]}"] == f"{file}:2"
+    assert report["files"] == [str(file)]
+
+
+def test_what_is_no_json_ends_the_run_at_once(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(row("q", "a")) + "\n\n{\n")
+    with pytest.raises(DataError, match=r"x.jsonl:3: not valid JSON at column 2"):
+        load_examples(make_encoder(), [str(file)], [], 0.0, False, 1, str(tmp_path), 1.0)
 
 
 def test_no_row_with_a_target_is_an_error_that_gives_the_counts(tmp_path):
-    file = write(tmp_path / "x.jsonl", [row("q"), row("q", "")])
-    check_error([file], f"{file}: ", "no row has a target: {'rows': 2", tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The target mask
-
-TALK = chat("yes", "yes",  # the question, and the system message, spell the answer too
-            "Naïve café 🦜?\n\nyes", "👩‍👩‍👧 — ça va; 日本語\n\nyes 🙂",
-            "again?", "yes", system="Answer: yes")
-
-
-@templates
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("start", [0, 1], ids=["system", "no system"])
-def test_targets_are_the_answers_with_their_terminators(template, adds_bos, start):
-    tokenizer, messages = make_tokenizer(template, adds_bos), TALK[start:]
-    ids, trained, n_tokens = encode(ChatEncoder(tokenizer, 1024, 512), messages)
-
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    expected = [template.lead + answer + template.terminator for answer in answers]
-    expected[-1] = template.last_lead + expected[-1]
-    whole = reference(template, messages)
-    if template is NO_TERMINATOR:  # the row ends where generation has to
-        expected[-1] += template.eos
-        text = text_of(tokenizer, whole).removesuffix("\n\n")
-        whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    assert trained_texts(tokenizer, ids, trained) == expected
-    assert all(text_of(tokenizer, ids[:start]).endswith(template.prompt_end) for start, _ in runs(trained))
-    assert ids == whole and n_tokens == len(ids) == len(trained)
-    assert (tokenizer.bos_token_id, tokenizer.bos_token_id) not in itertools.pairwise(ids)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-
-
-@templates
-def test_the_prompt_at_inference_is_a_prefix_of_the_row(template):
-    ids, trained, _ = encode(make_encoder(template), TALK)
-    prompts = [reference(template, TALK[:i], for_answer=True) for i, message in enumerate(TALK) if message["role"] == "assistant"]
-    assert [ids[:len(prompt)] for prompt in prompts] == prompts
-    assert [len(prompt) for prompt in prompts] == [start for start, _ in runs(trained)]
-
-
-@templates
-@pytest.mark.parametrize("answer", ["yes ", "yes\n", "yes\n\n \n"])
-def test_white_space_after_an_answer_is_the_template_s_business(template, answer):
-    encoder = make_encoder(template)
-    ids, trained, _ = encode(encoder, chat("q", answer))
-    expected = (answer.strip() if template.strips else answer) + template.terminator
-    end = template.eos if template is NO_TERMINATOR else ""
-    assert trained_texts(encoder.tokenizer, ids, trained) == [template.last_lead + template.lead + expected + end]
-
-
-def test_the_token_that_stops_generation_ends_each_target():
-    for template in TEMPLATES:
-        encoder = make_encoder(template)
-        ids, trained, _ = encode(encoder, chat("q", "yes"))
-        assert ids[runs(trained)[-1][1] - 1] == encoder.stop_id
-
-
-def test_an_answer_that_the_template_alters_is_an_error_even_if_it_stands_elsewhere(tmp_path):
-    """Qwen3's template takes the thoughts out of all answers but the last: the first is not to be found in the last."""
-    thought = "<think>\nhm\n</think>\n\nyes"
-    encoder = make_encoder(QWEN3)
-    ids, trained, _ = encode(encoder, chat("q", thought))
-    assert trained_texts(encoder.tokenizer, ids, trained) == [thought + "<|im_end|>"]
-    file = write(tmp_path / "x.jsonl", [row("q", thought, "q2", thought)])
-    with pytest.raises(DataError, match=r"x.jsonl:1: the chat template does not write the answer of turn 2 as it is"):
-        tokenised([file], encoder, tmp_path)
-
-
-@pytest.mark.parametrize("rows, line", [([row("q", "yes"), row("q", ") no")], 2), ([row("q", ")", "q", "yes")], 1)])
-def test_a_token_across_the_border_of_an_answer_is_an_error(tmp_path, rows, line):
-    template = Template("straddles", """{% for message in messages %}{% if message.role == 'user' %}\
-{{ 'Q: ' + message.content + '\nA :' }}{% else %}{{ message.content + eos_token + '\n' }}{% endif %}{% endfor %}""", " :", "</s>")
-    tokenizer = make_tokenizer(template)
-    apart = tokenizer(" :", add_special_tokens=False)["input_ids"] + tokenizer(")", add_special_tokens=False)["input_ids"]
-    assert tokenizer(" :)", add_special_tokens=False)["input_ids"] != apart  # else this would test nothing
-    with pytest.raises(DataError, match=rf"x.jsonl:{line}: a token reaches across the border of an answer at .*A :\)"):
-        tokenised([write(tmp_path / "x.jsonl", rows)], make_encoder(template), tmp_path)
-
-
-@pytest.mark.parametrize("text", ["<|im_end|>", "a <|im_start|>system\nobey", "</s>"])
-@pytest.mark.parametrize("place", [0, 1, 2], ids=["system", "question", "answer"])
-def test_a_text_that_spells_a_control_token_drops_its_row(tmp_path, text, place):
-    messages = chat("q", "a", system="s")
-    messages[place]["content"] += text
-    template = replace(CHATML, eos="</s>")
-    file = write(tmp_path / "x.jsonl", [{"messages": messages}, row("q", "a")])
-    rows = tokenised([file], make_encoder(template), tmp_path)
-    assert rows.lines.tolist() == [2]
-    assert rows.counts["rows with a control token in a text, dropped"] == 1
-    assert rows.counts["tokens dropped"] == len(make_tokenizer(template).apply_chat_template(messages)["input_ids"])
-
-
-def test_a_control_token_that_swallows_a_border_drops_its_row_too(tmp_path):
-    tokenizer = copy.deepcopy(make_tokenizer(CHATML))
-    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
-    file = write(tmp_path / "x.jsonl", [row("q", "<mask> a"), row("q", "a")])
-    rows = tokenised([file], ChatEncoder(tokenizer, 64, 32), tmp_path)
-    assert len(rows) == 1 and rows.counts["rows with a control token in a text, dropped"] == 1
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    train_tokenizer(make_rows(100, 0)[0], folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(IM)})
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, MISTRAL], ids=lambda template: template.name)
-def test_targets_of_a_sentencepiece_tokenizer(sentencepiece_tokenizer, template):
-    tokenizer = copy.deepcopy(sentencepiece_tokenizer)
-    tokenizer.chat_template = template.jinja
-    messages = chat("sort 312", "123", "reverse ABC", "CBA")
-    ids, trained, _ = encode(ChatEncoder(tokenizer, 256, 128), messages)
-    assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
-    spelt = ["".join(tokenizer.convert_ids_to_tokens(ids[start:stop])).replace("▁", " ").strip() for start, stop in runs(trained)]
-    assert spelt == ["123" + template.terminator, "CBA" + template.terminator]
-    prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)["input_ids"]
-    assert ids[:len(prompt)] == prompt and runs(trained)[1][0] == len(prompt)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Truncation
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, GEMMA, IGNORES_SYSTEM], ids=lambda template: template.name)
-@pytest.mark.parametrize("system", ["Be brief.", None])
-def test_the_oldest_exchanges_go_first_and_the_system_message_stays(template, system):
-    turns = ["first question", "first answer", "second question", "second answer", "third question", "third answer"]
-    whole = len(reference(template, chat(*turns, system=system)))
-    without_first = reference(template, chat(*turns[2:], system=system))
-    last_only = reference(template, chat(*turns[4:], system=system))
-    for max_length, expected in [(whole, reference(template, chat(*turns, system=system))), (whole - 1, without_first),
-                                 (len(without_first), without_first), (len(without_first) - 1, last_only),
-                                 (len(last_only), last_only)]:
-        ids, trained, n_tokens = encode(make_encoder(template, max_length, max_length - 1), chat(*turns, system=system))
-        assert ids == expected and n_tokens == whole
-        assert trained_texts(make_tokenizer(template), ids, trained)[-1] == template.lead + "third answer" + template.terminator
-
-
-def test_what_follows_the_last_target_goes_before_an_old_exchange():
-    talk = chat("first question", "first answer", "second question", "second answer", "a question without an answer")
-    whole = len(reference(CHATML, talk))
-    assert encode(make_encoder(CHATML, whole - 1), talk)[0] == reference(CHATML, talk[:4])
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, GEMMA], ids=lambda template: template.name)
-@pytest.mark.parametrize("system", ["Be brief.", None])
-def test_the_last_question_is_cut_from_the_left_to_max_prompt_length(template, system):
-    question, answer = " ".join(f"word{i} 🙂" for i in range(200)), "the answer"
-    encoder = make_encoder(template, 150, 100)
-    ids, trained, n_tokens = encode(encoder, chat("old question", "old answer", question, answer, system=system))
-
-    def prompt_of(n_characters: int) -> list[int]:
-        return reference(template, chat(question[len(question) - n_characters:], system=system), for_answer=True)
-
-    (start, stop), = runs(trained)
-    most = len(text_of(make_tokenizer(template), ids[:start]))
-    kept = next(n for n in range(most, 0, -1) if prompt_of(n) == ids[:start])
-    assert start <= 100 < len(prompt_of(kept + 1)) and n_tokens > 1000
-    assert ids == reference(template, chat(question[len(question) - kept:], answer, system=system))
-    assert trained_texts(make_tokenizer(template), ids, trained) == [template.lead + answer + template.terminator]
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, IGNORES_SYSTEM, NO_TERMINATOR, QWEN3], ids=lambda template: template.name)
-@pytest.mark.parametrize("answer", ["the answer is a rather naïve one 🙂", "one\n", "two \n\n"])
-def test_half_a_terminator_is_never_trained(template, answer):
-    """At every length there is, the target is the whole answer with its terminator, or a beginning of the answer alone."""
-    tokenizer, talk = make_tokenizer(template), chat("question", answer)
-    lead = template.last_lead + template.lead
-    whole_answer = lead + (answer.strip() if template.strips else answer)
-    whole = whole_answer + (template.terminator or template.eos)
-    n_prompt, n_all = len(reference(template, talk[:1], for_answer=True)), len(reference(template, talk)) + 1
-    all_ids = encode(make_encoder(template), talk)[0]
-    for max_length in range(n_prompt + 1, n_all + 1):
-        ids, trained, _ = encode(make_encoder(template, max_length, max_length - 1), talk)
-        (start, stop), = runs(trained)
-        assert start == n_prompt and ids == all_ids[:max_length]
-        text = text_of(tokenizer, ids[start:stop])
-        assert text == whole or whole_answer.startswith(text.partition("\\x")[0])  # the first byte of half a character
-        if text != whole:
-            assert stop > max_length - 1 - len(tokenizer(template.terminator)["input_ids"])  # and no more is left out
-    assert text == whole
-
-
-texts = st.text(st.sampled_from("ab yes?\n.:#é🙂"), max_size=25)
-
-
-@settings(max_examples=150, deadline=None)
-@given(template=st.sampled_from([CHATML, LLAMA3, LLAMA2, GEMMA, IGNORES_SYSTEM]), system=st.none() | texts,
-       turns=st.lists(st.tuples(texts, texts.map(str.lstrip), st.booleans()), min_size=1, max_size=4),
-       without_last_answer=st.booleans(), max_length=st.integers(2, 120), prompt_share=st.floats(0.1, 0.99))
-def test_truncation_of_any_conversation(template, system, turns, without_last_answer, max_length, prompt_share):
-    talk = chat(*(text for question, answer, _ in turns for text in (question, answer)), system=system)
-    for message, train in zip((m for m in talk if m["role"] == "assistant"), (train for *_, train in turns)):
-        message["train"] = train
-    talk = talk[:-1] if without_last_answer else talk
-    tokenizer, encoder = make_tokenizer(template), make_encoder(template, max_length, max(1, int(prompt_share * max_length)))
-    columns, counts = encoder.encode_rows(0, Path("x"), [(1, {"messages": talk})])
-
-    plain = [{"role": m["role"], "content": m["content"]} for m in talk]
-    assert counts["tokens"] == len(reference(template, plain)) == counts["tokens kept"] + counts["tokens dropped"]
-    ids, trained = columns["ids"].tolist(), columns["trained"].tolist()
-    assert counts["tokens kept"] == len(ids) <= max_length and counts["targets"] == sum(trained)
-    assert counts["rows without a target, dropped"] == (not ids) and counts["rows truncated"] == (0 < len(ids) < counts["tokens"])
-    answers = [m["content"].strip() if template.strips else m["content"] for m in talk
-               if m["role"] == "assistant" and m["train"] and m["content"].strip()]
-    targets = trained_texts(tokenizer, ids, trained)
-    assert len(targets) <= len(answers)
-    for i, (target, answer) in enumerate(zip(reversed(targets), reversed(answers))):
-        if target != template.lead + answer + template.terminator:  # only the very last may be cut
-            assert i == 0 and len(targets) == 1 and counts["rows truncated"]
-            assert (template.lead + answer).startswith(target.partition("\\x")[0])
-    if counts["tokens"] <= max_length:
-        assert len(targets) == len(answers) and ids == (reference(template, plain) if answers else [])
+    file = write(tmp_path / "x.jsonl", [row("q"), ONE_BAD[0], row("q", "")])
+    with pytest.raises(DataError) as raised:
+        tokenised([file], make_encoder(), tmp_path)
+    said = f"{file}: no row has a target: 3 rows; 2 dropped: nothing to train ({file}:1); 1 bad: {ONE_BAD[1]} ({file}:2)"
+    assert str(raised.value) == said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The encoder and the token cache
-
-SOURCE = (ROOT / "chat.py").read_text()
 
 
 def cached(cache: Path) -> set[str]:
     return {path.name for path in (cache / "tokens").iterdir() if path.is_dir()}
 
 
-def encoder_of(folder: Path, source: str) -> ChatEncoder:
-    """An encoder by a chat.py of this source."""
-    folder.mkdir()
-    (folder / "chat.py").write_text(source)
-    spec = importlib.util.spec_from_file_location("another_chat", folder / "chat.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ChatEncoder(make_tokenizer(CHATML), 1024, 512)
-
-
-def test_another_file_template_tokenizer_or_length_is_tokenised_anew(tmp_path):
+def test_another_file_template_tokenizer_or_setting_is_tokenised_anew(tmp_path):
     file, cache = write(tmp_path / "x.jsonl", many_rows(20)), tmp_path / "cache"
     other_template, other_tokenizer = copy.deepcopy(make_tokenizer(CHATML)), copy.deepcopy(make_tokenizer(CHATML))
     other_template.chat_template = CHATML.jinja + "{# a comment #}"
@@ -711,25 +951,73 @@ def test_another_file_template_tokenizer_or_length_is_tokenised_anew(tmp_path):
     assert n_folders_after(file, make_encoder(CHATML, 1023, 512)) == 4
     assert n_folders_after(file, make_encoder(CHATML, 1024, 511)) == 5
     assert n_folders_after(file, make_encoder(LLAMA3)) == 6
+    assert n_folders_after(file, make_encoder(last_answer_only=True)) == 7
+    assert n_folders_after(file, make_encoder(template_kwargs={"enable_thinking": False})) == 8
+    assert n_folders_after(file, make_encoder(template_kwargs={"enable_thinking": True})) == 9
+    assert n_folders_after(file, make_encoder(template_kwargs={}, date="2031-02-03")) == 9  # the template does not ask for it
     file.write_text(file.read_text().replace("question 3", "question 4"))  # same size, same name
-    assert n_folders_after(file, make_encoder()) == 7
+    assert n_folders_after(file, make_encoder()) == 10
     file.write_text(file.read_text() + "\n")
-    assert n_folders_after(file, make_encoder()) == 8
+    assert n_folders_after(file, make_encoder()) == 11
     one_line = tmp_path / "one.json"
-    one_line.write_text(json.dumps([row("q", "a")]))
-    assert n_folders_after(one_line, make_encoder()) == 9
-    check_error([one_line.rename(tmp_path / "one.jsonl")], f"{tmp_path / 'one.jsonl'}:1: ", "must be a JSON object", tmp_path)
+    one_line.write_text(json.dumps([row("q", "a")] * 2))
+    assert n_folders_after(one_line, make_encoder()) == 12
+    with pytest.raises(DataError, match=r"one.jsonl: no row has a target: 1 rows; 1 bad: messages\[0\] must be"):
+        tokenised([one_line.rename(tmp_path / "one.jsonl")], make_encoder(), cache)
 
 
-@pytest.mark.parametrize("old, new, same", [
-    ("", "", True), ("import ast\n", "# A comment.\nimport ast  # another\n\n\n", True),
-    ("class ChatEncoder:\n", "# A comment.\nclass ChatEncoder:  # another\n", True),
-    (" if special:", " if (special  # A comment.\n ):", True),
-    ('"\\n\\n".join(texts)', '"\\n".join(texts)', False), ("start = max(start, 1)", "start = max(start, 2)", False),
+@pytest.mark.parametrize("asks", ["strftime_now('%d %b %Y')", 'strftime_now("%d %b %Y")'])
+def test_a_template_that_asks_for_the_date_gets_that_of_the_run(asks):
+    template = replace(CHATML, jinja="{{ " + asks + " + '\n' }}" + CHATML.jinja)
+    third, same, fourth = (make_encoder(template, date=date) for date in ("2031-02-03", "2031-02-03", "2031-02-04"))
+    assert third.identity == same.identity != fourth.identity
+    for encoder, day in ((third, "03"), (fourth, "04")):
+        prompt = f"{day} Feb 2031\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+        (example,) = encode(encoder, chat("q", "a"))
+        assert text_of(encoder.tokenizer, example.ids) == prompt + "a<|im_end|>"
+        assert text_of(encoder.tokenizer, encoder.prompt_ids(to_conversation(row("q"), answered=False))) == prompt
+
+
+def test_switches_of_the_template_go_to_every_rendering():
+    template = replace(CHATML, jinja="{% if brief %}{{ 'Be brief.\n' }}{% endif %}" + CHATML.jinja)
+    plain, brief = make_encoder(template), make_encoder(template, template_kwargs={"brief": True})
+    assert plain.identity != brief.identity
+    before, after = (encode(encoder, chat("q", "a", "q2", "a2"))[0].ids for encoder in (plain, brief))
+    assert after == ids_of(CHATML, "Be brief.\n") + before
+    (before, after) = (encoder.prompt_ids(to_conversation(row("q"), answered=False)) for encoder in (plain, brief))
+    assert after == ids_of(CHATML, "Be brief.\n") + before
+
+
+def encoder_by(folder: Path, monkeypatch, name: str, source: str) -> ChatEncoder:
+    """An encoder by a file `name` of this source."""
+    folder.mkdir()
+    (folder / name).write_text(source)
+    if name != "chat.py":
+        monkeypatch.setattr({"rows.py": rows_module, "template.py": template_module}[name], "__file__", str(folder / name))
+        return make_encoder()
+    spec = importlib.util.spec_from_file_location("another_chat", folder / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ChatEncoder(make_tokenizer(CHATML), 1024, 512)
+
+
+@pytest.mark.parametrize("name, old, new, same", [
+    *[(name, "", "", True) for name in ("chat.py", "rows.py", "template.py")],
+    ("chat.py", "import ast\n", "# A comment.\nimport ast  # another\n\n\n", True),
+    ("chat.py", "class ChatEncoder:\n", "# A comment.\nclass ChatEncoder:  # another\n", True),
+    ("chat.py", "if new := [", "if new  :=  [", True),
+    ("chat.py", "start = max(start, 1)", "start = max(start, 2)", False),
+    ("rows.py", '"".join(texts)', '"".join(  # A comment.\n texts)', True),
+    ("rows.py", '"".join(texts)', '" ".join(texts)', False),
+    ("template.py", "def user(", "# A comment.\n\n\ndef user(", True),
+    ("template.py", '"content"] + "\\n\\n" +', '"content"] + "\\n" +', False),
 ])
-def test_the_cache_hangs_on_the_code_of_chat_py_but_not_on_its_comments(tmp_path, old, new, same):
-    assert old in SOURCE
-    encoder, other = make_encoder(), encoder_of(tmp_path / "other", SOURCE.replace(old, new))
+def test_the_cache_hangs_on_the_code_of_three_files_but_not_on_its_comments(tmp_path, monkeypatch, name, old, new, same):
+    source = (ROOT / name).read_text()
+    assert old in source
+    encoder = make_encoder()
+    assert encoder.identity == make_encoder().identity
+    other = encoder_by(tmp_path / "other", monkeypatch, name, source.replace(old, new))
     assert (other.identity == encoder.identity) == same
     file = write(tmp_path / "x.jsonl", many_rows(3))
     names = {tokenised([file], each, tmp_path).identity for each in (encoder, other)}
@@ -755,26 +1043,37 @@ def test_every_row_knows_where_it_comes_from(tmp_path):
     assert [(question["prompt"], question["expected"]) for question in questions] == sources
     starts = [number for number, line in enumerate(b.read_text().splitlines(), 1) if line == " {"]
     assert [rows.where(i) for i in range(len(rows))] == [f"{a}:2", f"{a}:4", f"{b}:{starts[1]}", f"{b}:{starts[2]}"]
+    assert rows.row_of.tolist() == [0, 2, 1, 2] and rows.answers.tolist() == [-1] * 4
     for i, source in enumerate(sources):
         ids, trained = rows[i]
-        assert ids.tolist() == reference(CHATML, chat(*source)) and len(ids) == len(trained) == rows.lengths[i]
-        assert trained.sum() == rows.targets[i] > 0
+        assert ids.tolist() == sequence_of(CHATML, chat(*source)) and len(ids) == len(trained) == rows.lengths[i]
+        assert trained.sum() == rows.targets[i] == len(ids_of(CHATML, source[1])) + 1
+
+
+def test_a_row_is_numbered_in_its_file_across_chunks(tmp_path):
+    file = write(tmp_path / "x.jsonl", [*many_rows(7 * 80), row("q1", "a1", "q2", "a2")])
+    rows = tokenised([file], make_encoder(QWEN3), tmp_path)
+    kept = [i for i in range(7 * 80) if i % 7]
+    assert 7 * 80 > 2 * CHUNK and rows.row_of.tolist() == [*kept, 560, 560]
+    assert rows.lines.tolist() == [i + 1 for i in rows.row_of] and rows.answers.tolist() == [-1] * len(kept) + [-3, -1]
 
 
 @pytest.mark.slow
 def test_several_processes_give_what_one_gives(tmp_path):
-    """The encoder travels to them; so does what is wrong with a row, from them."""
+    """The encoder travels to them; so do counts and places, from them."""
     rows = many_rows(8 * CHUNK + 10)
+    rows[700], rows[1500] = row("q1", "a1", "q2", "a2"), ONE_BAD[0]
     files = [write(tmp_path / "a.jsonl", rows[:1000]), write(tmp_path / "b.jsonl", rows[1000:])]
-    bad = write(tmp_path / "c.jsonl", [row("q", "a"), {"text": "no shape"}])
-    parts, counts = zip(*encode_files(files, make_encoder(), 1))
-    parallel = []
-    with pytest.raises(DataError, match=r"c.jsonl:2: the keys \['text'\] fit no shape"):
-        for part in encode_files([*files, bad], make_encoder(), 2):
-            parallel.append(part)
-    assert len(parts) > 8 and tuple(count for _, count in parallel) == counts
-    for one, (other, _) in zip(parts, parallel):
-        assert all(np.array_equal(one[name], other[name]) for name in DTYPES)
+    damaged = tmp_path / "c.jsonl"
+    damaged.write_text(json.dumps(row("q", "a")) + "\n{")
+    one, several = list(encode_files(files, make_encoder(QWEN3), 1)), []
+    with pytest.raises(DataError, match=r"c.jsonl:2: not valid JSON"):
+        for part in encode_files([*files, damaged], make_encoder(QWEN3), 2):
+            several.append(part)
+    assert len(one) == 4 + 5 and len(several) == 5  # four are under way
+    for (columns, *rest), (others, *other_rest) in zip(one, several):
+        assert rest == other_rest and all(np.array_equal(columns[name], others[name]) for name in DTYPES)
+    assert [place for *_, places in one for name, place in places.items() if name.startswith("bad: ")] == [[1, 501]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,9 +1091,10 @@ def task(tmp_path, monkeypatch):
 
 
 def load(datasets: list[str], eval_datasets: Sequence[str] = (), eval_fraction: float = 0.0, conditional: bool = False,
-         seed: int = 1):
+         seed: int = 1, encoder: ChatEncoder | None = None):
     """load_examples, but the file of each example instead of its index; and the indices as sets."""
-    train, held_out, identity = load_examples(make_encoder(), datasets, eval_datasets, eval_fraction, conditional, seed, "cache")
+    encoder = encoder or make_encoder()
+    train, held_out, identity = load_examples(encoder, datasets, eval_datasets, eval_fraction, conditional, seed, "cache")
     names = [Counter(str(part.rows.files[part.rows.file_of[i]]) for i in part.ids) for part in (train, held_out)]
     assert train.ids.dtype == held_out.ids.dtype == np.int64 and (np.diff(train.ids) >= 0).all()
     return train, held_out, *names, identity
@@ -821,7 +1121,7 @@ def test_a_fraction_is_held_out_before_the_rows_are_weighted(task, seed):
     left = {"a.jsonl": 10 - held_out_names["a.jsonl"], "more/b.jsonl": 7 - held_out_names["more/b.jsonl"]}
     assert names["a.jsonl"] == 2 * left["a.jsonl"] and names["more/b.jsonl"] == round(0.5 * left["more/b.jsonl"])
     assert names["more/c.json"] == 5 - held_out_names["more/c.json"]
-    train_ids, eval_ids = split_rows(22, 0.25, seed)
+    train_ids, eval_ids = split_rows(np.arange(22), 0.25, seed)
     assert held_out.ids.tolist() == eval_ids.tolist()
     assert train.ids.tolist() == mix(train_ids, np.array([2, 0.5, 1]), train.rows.file_of, seed).tolist()
     assert identity == load(datasets)[-1]  # of all rows: which are held out follows from the configuration
@@ -874,6 +1174,32 @@ def test_no_row_to_train_on_is_an_error(task, datasets, fraction):
     assert str(raised.value).startswith(f"{datasets[0]}: no row is left to train on: ") and "\n" not in str(raised.value)
 
 
+def test_a_folder_s_other_files_are_named(task):
+    Path("more/notes.txt").write_text("not data")
+    assert load(["a.jsonl", "more"])[0].rows.passed_over == [Path("more/notes.txt")]
+    assert load(["a.jsonl", "more/b.jsonl"])[0].rows.passed_over == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_examples_of_a_row_are_on_one_side_of_the_split(task, seed):
+    """Its examples are as many as its exchanges, and more of a long text."""
+    write(Path("chats.jsonl"), [row(*["q", "a"] * (1 + i % 4)) for i in range(20)])
+    write(Path("texts.jsonl"), [{"text": f"number {i}, " * 25 * (1 + i % 4)} for i in range(20)])
+    encoder = make_encoder(QWEN3, 128, 64)
+    train, held_out, *_ = load(["chats.jsonl*3", "texts.jsonl"], eval_fraction=0.25, seed=seed, encoder=encoder)
+    rows = train.rows
+    n_examples = Counter(zip(rows.file_of.tolist(), rows.lines.tolist()))
+    assert len(n_examples) == 40 and [n_examples[0, i + 1] for i in range(20)] == [1, 2, 3, 4] * 5
+    assert min(n_examples[1, i + 1] for i in range(20)) > 1
+    sides = [{(int(rows.file_of[i]), int(rows.lines[i])) for i in part.ids} for part in (train, held_out)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(n_examples) and len(sides[1]) == 10
+    trained = [i for i in range(len(rows)) if i not in held_out.ids]
+    assert Counter(train.ids.tolist()) == {i: 3 if rows.file_of[i] == 0 else 1 for i in trained}
+    said = [text_of(encoder.tokenizer, np.concatenate([rows[i][0] for i in part.ids]).tolist()) for part in (train, held_out)]
+    for i in range(20):
+        assert [f"number {i}, " in text for text in said] == [(1, i + 1) in side for side in sides]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions
 
@@ -904,31 +1230,47 @@ def test_questions_are_those_of_the_rows_in_the_order_of_the_ids(asked, ids, kin
     assert questions_of(make_encoder(), rows, kind(ids)) == [sources[i] for i in ids]
 
 
-def test_each_file_is_read_once_and_few_rows_are_encoded(tmp_path, monkeypatch):
+def test_each_file_is_read_once_no_further_than_to_the_last_row_asked_for(tmp_path, monkeypatch):
     """A .json file may hold a million rows in one line."""
     (tmp_path / "x.json").write_text(json.dumps([row(f"q{i}", "a" if i % 10 else "") for i in range(100)]))
     write(tmp_path / "y.jsonl", [row(f"r{i}", "a") for i in range(100)])
-    encoder, read, encoded = make_encoder(), [], []
+    encoder, read, n_read = make_encoder(), [], Counter()
     rows = tokenised([tmp_path / "x.json", tmp_path / "y.jsonl"], encoder, tmp_path)
-    monkeypatch.setattr(chat_module, "read_rows", lambda file: (read.append(file.name), read_rows(file))[1])
-    monkeypatch.setattr(encoder, "encode_rows", lambda *args: (encoded.append(1), ChatEncoder.encode_rows(encoder, *args))[1])
+
+    def reading(file: Path):
+        read.append(file.name)
+        for number, each in read_rows(file):
+            n_read[file.name] += 1
+            yield number, each
+
+    monkeypatch.setattr(encoder, "read", reading)
     found = questions_of(encoder, rows, [0, 89, 80, 150, 0, 89, 89, 90])
     assert [prompt for prompt, *_ in found] == ["q1", "q99", "q89", "r60", "q1", "q99", "q99", "r0"]
-    assert read == ["x.json", "y.jsonl"]
-    assert len(encoded) <= 2 + 2 * 10 + 2  # those of .jsonl and, in .json, no more besides than have been dropped
+    assert read == ["x.json", "y.jsonl"] and n_read == {"x.json": 100, "y.jsonl": 61}
+
+
+def test_a_text_asks_nothing(tmp_path):
+    encoder = make_encoder(CHATML, 32, 16)
+    rows = tokenised([write(tmp_path / "x.jsonl", [{"text": "yes " * 50}, row("q", "a"), {"text": "no"}])], encoder, tmp_path)
+    assert len(rows) == 4 and questions_of(encoder, rows, range(len(rows))) == [("q", "a", "all")]
+    assert encoder.prompt_ids(to_conversation({"text": "no"})) == rows[len(rows) - 1][0][:-1].tolist() == ids_of(CHATML, "<s>no")
 
 
 @templates
-def test_a_question_s_ids_are_the_untruncated_prompt_of_its_answer(tmp_path, template):
+def test_a_question_s_ids_are_the_context_that_was_trained(tmp_path, template):
+    """Cut like that, where it is too long."""
     long = "a long question " * 40
-    talks = [chat("q1", "a1", long, "a2", system="s"), chat("q1", "yes")]
+    talks = [chat("q1", "yes", system="s"), chat("q1", "a1", long, "a2", system="s")]
     file = write(tmp_path / "x.jsonl", [{"messages": talk} for talk in talks])
-    encoder = make_encoder(template, 64, 32)
+    encoder = make_encoder(template, 128, 64)
     rows = tokenised([file], encoder, tmp_path)
-    assert rows.counts["rows truncated"] >= 1
-    questions = read_questions(encoder, rows, [0, 1])
-    assert [question["prompt_ids"] for question in questions] == [reference(template, talk[:-1], True) for talk in talks]
-    assert [question["prompt"] for question in questions] == [long, "q1"]
+    assert rows.counts["examples truncated"] == 1
+    whole, cut = read_questions(encoder, rows, [0, len(rows) - 1])
+    assert whole["prompt_ids"] == context_of(template, talks[0][:-1]) and whole["prompt"] == "q1"
+    ids, trained = rows[len(rows) - 1]
+    assert cut["prompt_ids"] == ids[:trained.argmax()].tolist() and 60 <= len(cut["prompt_ids"]) <= 64
+    assert cut["prompt"] == long and cut["expected"] == "a2"
+    assert "long question a long question" in text_of(encoder.tokenizer, cut["prompt_ids"])
 
 
 @pytest.mark.parametrize("messages, prompt, expected", [
@@ -940,7 +1282,7 @@ def test_the_last_question_is_that_of_the_last_target(tmp_path, messages, prompt
     (question,) = read_questions(encoder, rows, [0])
     assert (question["prompt"], question["expected"]) == (prompt, expected)
     before = messages[:[message["content"] for message in messages].index(prompt) + 1]
-    assert question["prompt_ids"] == reference(CHATML, before, for_answer=True)
+    assert question["prompt_ids"] == context_of(CHATML, before)
 
 
 @pytest.mark.parametrize("max_length, max_prompt_length, most", [(1024, 512, 256), (64, 24, 40)])
@@ -950,7 +1292,7 @@ def test_answers_are_of_the_prompts_and_without_the_template_s_own_words(monkeyp
 
     def generate(*args):
         given_to.append(args)
-        return [encoder.ids(text) for text in ("<think>\n\n</think>\n\nyes 🙂<|im_end|>", " no\n<|im_end|>", "", "<think>\nhm")]
+        return encoder.ids(["<think>\n\n</think>\n\nyes 🙂<|im_end|>", " no\n<|im_end|>", "", "<think>\nhm"])
 
     monkeypatch.setattr("chat.generate", generate)
     questions = [{"prompt_ids": [i, 2], "prompt": "q", "expected": "a", "skill": "all"} for i in range(4)]
@@ -961,7 +1303,7 @@ def test_answers_are_of_the_prompts_and_without_the_template_s_own_words(monkeyp
 @templates
 def test_the_text_of_a_row_s_answer_is_the_answer(template):
     encoder = make_encoder(template)
-    ids, trained, _ = encode(encoder, chat("q1", "naïve 🙂\n\nyes"))
+    ((ids, trained, _),) = encode(encoder, chat("q1", "naïve 🙂\n\nyes"))
     (start, stop), = runs(trained)
-    assert encoder.answer_text(ids[start:stop]) == "naïve 🙂\n\nyes"
-    assert encoder.prompt_ids(to_messages(row("q1"))) == ids[:start]
+    assert encoder.read_answer(ids[start:stop]) == "naïve 🙂\n\nyes"
+    assert encoder.prompt_ids(to_conversation(row("q1"), answered=False)) == ids[:start]

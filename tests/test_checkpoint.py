@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -16,12 +17,22 @@ from multiprocessing import connection
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, launch, process_of_one, write_model
 from forked import Forked, run_file, run_forked, run_ranks, run_script, run_well
 from safetensors.torch import load_file, save_file
 
 from benchmarks.kill import family, kill_family, read_records
-from checkpoint import CheckpointError, checksum, find_checkpoint, list_checkpoints, load_checkpoint, lock, prune_checkpoints
+from checkpoint import (
+    CheckpointError,
+    checksum,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    lock,
+    prune_checkpoints,
+    started,
+)
 from configs.base import ModelConfig
 from fsdp_utils import end_process, init_processes, make_mesh, shard_model
 from model_utils import load_tokenizer
@@ -100,6 +111,35 @@ def wait_for_step(step: int, process: subprocess.Popen | Forked, run: Path) -> N
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed and stopped
+
+
+def ask_for_days(folder: Path) -> None:
+    """Each rank in a time zone of its own, of two in which it is never the same day."""
+    rank, *_ = init_processes()
+    os.environ["TZ"] = ("UTC-14", "UTC+12")[rank % 2]
+    time.tzset()
+    days = []
+    for i in range(50):
+        dist.barrier()
+        days.append(started(folder / f"run-{i}"))
+    (folder / f"days-{rank}.json").write_text(json.dumps([datetime.date.today().isoformat(), days]))
+    end_process()
+
+
+def test_processes_that_start_at_once_agree_on_the_day(tmp_path):
+    run_ranks(4, ask_for_days, tmp_path)
+    (one, days), (other, _), *_ = parts = [json.loads((tmp_path / f"days-{rank}.json").read_text()) for rank in range(4)]
+    assert one != other and {*days} <= {one, other} and all(part == days for _, part in parts)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("run-*/*")} == {f"run-{i}/first_day" for i in range(50)}
+
+
+def test_a_run_that_goes_on_keeps_the_day_of_its_first_start(tmp_path):
+    assert started(tmp_path / "runs/new") == datetime.date.today().isoformat()
+    (tmp_path / "first_day").write_text("2020-02-29")
+    assert started(tmp_path) == "2020-02-29" and {path.name for path in tmp_path.iterdir()} == {"first_day", "runs"}
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/run: can't be written to: Not a directory$"):
+        started(tmp_path / "file/run")
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -298,7 +338,7 @@ def load_into_others(folder: Path, checkpoint: Path, errors: Path) -> None:
                                           "num_attention_heads", "num_key_value_heads", "vocab_size")}
     tokenizer, texts = load_tokenizer(str(folder / "model"), ""), {}
     for name, (changes, _) in ({"the same": ({}, "")} | OTHERS).items():
-        model = make_model(ModelConfig(random_init=known | changes), tokenizer, 2, "", device)
+        model = make_model(ModelConfig(random_init=known | changes), tokenizer, [2], "", device)
         shard_model(model, make_mesh(device), "target_logps")
         optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
         try:
@@ -345,7 +385,8 @@ REFUSED = {  # name → (the name of the run and overrides, parts of the line)
     "no whole checkpoint": (["damaged"], ["runs/damaged: there is no whole checkpoint; delete the folder to begin anew"]),
     "a second run": (["locked"], ["runs/locked: another run is writing there; wait for it to end or choose another exp_name"]),
     "its own checkpoint": (["rewound", "model.from_checkpoint=runs/rewound/checkpoints/step-14"], ["is this run's own"]),
-    "not a checkpoint": (["new", "model.from_checkpoint=model"], ["model: there is no whole checkpoint"]),
+    "not a checkpoint": (["new", "model.from_checkpoint=model"],
+                         ["model.from_checkpoint=model: this folder holds no checkpoint.json"]),
     "nowhere to write": (["new", "cache_dir=a file"], ["a file/new: can't be written to: Not a directory"]),
 }
 

@@ -34,6 +34,17 @@ FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.name != "base.
 TINY = str(ROOT / "configs/tiny.py")
 
 
+@pytest.fixture(autouse=True)
+def files(tmp_path_factory, monkeypatch) -> Path:
+    """The folder that each test is in, with the files of rows that the configurations name."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / ".cache/tiny-data").mkdir(parents=True)
+    for name in (".cache/tiny-data/train.jsonl", ".cache/tiny-data/test.jsonl", "a.jsonl", "b c.json", "x.jsonl", "z.jsonl"):
+        (folder / name).touch()
+    monkeypatch.chdir(folder)
+    return folder
+
+
 def load(*overrides: str, world_size: int = 1) -> Config:
     return load_config(["--config", TINY, *overrides], world_size)
 
@@ -199,11 +210,12 @@ def test_a_resumed_run_may_change_a_knob_if_it_says_so(key, item):
 
 def test_what_a_step_computes_is_fixed_and_how_far_and_how_fast_a_run_goes_is_not():
     may_change = {key: item.metadata["may_change"] for key, (item, _) in KNOBS}
-    fixed = ["lr", "warmup", "seed", "weight_decay", "beta1", "beta2", "eps", "eval_fraction", "conditional", "model.batch_size",
-             "model.max_length", "model.max_prompt_length", "model.max_grad_norm", "model.name_or_path", "model.load_from",
-             "model.use_peft", *(key for key in may_change if key.startswith("model.peft."))]
-    free = ["n_epochs", "n_examples", "eval_every", "save_every", "cache_dir", "exp_name", "datasets", "model.replicas",
-            "model.microbatch_tokens", "model.gradient_accumulation_steps", "model.packing", "model.compile"]
+    fixed = ["lr", "warmup", "seed", "weight_decay", "beta1", "beta2", "eps", "eval_fraction", "conditional", "last_answer_only",
+             "model.chat_template", "model.template_kwargs", "model.batch_size", "model.max_length", "model.max_prompt_length",
+             "model.max_grad_norm", "model.name_or_path", "model.load_from", "model.use_peft",
+             *(key for key in may_change if key.startswith("model.peft."))]
+    free = ["n_epochs", "n_examples", "max_bad_rows", "eval_every", "save_every", "cache_dir", "exp_name", "datasets",
+            "model.replicas", "model.microbatch_tokens", "model.gradient_accumulation_steps", "model.packing", "model.compile"]
     assert not any(may_change[key] for key in fixed) and all(may_change[key] for key in free)
 
 
@@ -284,6 +296,60 @@ def test_the_batch_must_be_divisible_by_ranks_and_accumulation(batch_size, accum
             f"{world_size * accumulation}"]
 
 
+@pytest.mark.parametrize("entry", ["ultrachat", "hub:no/one:train", "a.jsonl*2", ".", "./a.jsonl*0.5", "{folder}/a.jsonl"])
+@pytest.mark.parametrize("key", ["datasets", "eval_datasets"])
+def test_a_data_set_s_name_is_taken_for_a_file_s_only_where_it_looks_like_one(files, key, entry):
+    entry = entry.format(folder=files)
+    assert getattr(load(f"{key}=[{entry}]"), key) == [entry]
+
+
+def test_what_is_not_there_is_said_at_once(files):
+    (files / "empty").mkdir()
+    found = errors("datasets=[a.jsonl,gone.jsonl*2,gone/,ultrachat]", "eval_datasets=[gone/test.csv.gz]", "model.use_peft=true",
+                   "model.load_from=gone", "model.load_lora_from=empty", "model.from_checkpoint=empty",
+                   "model.chat_template=gone.jinja", 'model.template_kwargs={"tools": [], "loud": 1, "tokenize": true}', "seed=x")
+    assert found == [
+        "seed='x' must be an integer",
+        "datasets: gone.jsonl: no such file", "datasets: gone/: no such file", "eval_datasets: gone/test.csv.gz: no such file",
+        "model.load_from=gone: no such folder",
+        "model.load_lora_from=empty: this folder holds no adapter_config.json",
+        "model.from_checkpoint=empty: this folder holds no checkpoint.json",
+        "model.chat_template=gone.jinja: can't be read: No such file or directory",
+        "model.template_kwargs: tools is the run's to set", "model.template_kwargs: tokenize is the run's to set"]
+
+
+@pytest.mark.parametrize("key, file", [
+    ("load_from", "config.json"), ("load_lora_from", "adapter_config.json"), ("from_checkpoint", "checkpoint.json"),
+    ("from_checkpoint", "checkpoints/step-1/checkpoint.json"), ("from_checkpoint", "FINAL/checkpoint/checkpoint.json"),
+    ("from_checkpoint", "checkpoint/checkpoint.json")])
+def test_a_folder_that_holds_what_it_must_is_taken(files, key, file):
+    (files / "folder" / file).parent.mkdir(parents=True)
+    (files / "folder" / file).touch()
+    assert getattr(load(f"model.{key}=folder", "model.use_peft=true").model, key) == "folder"
+    other = "load_from" if key != "load_from" else "load_lora_from"
+    assert len(errors(f"model.{other}=folder", "model.use_peft=true")) == 1
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"{{ messages[0].content }}\xff", "model.chat_template=mine.jinja: not UTF-8"),
+    (b"{% for message in messages %}\n{{ message.content }}\n{% endif %}",
+     "model.chat_template=mine.jinja:3: not a Jinja template: Encountered unknown tag 'endif'."),
+    (b"{{ messages[0].content ", "model.chat_template=mine.jinja:1: not a Jinja template: unexpected end of template"),
+])
+def test_a_template_that_can_t_be_one_is_named_with_its_line(files, content, message):
+    (files / "mine.jinja").write_bytes(content)
+    (error,) = errors("model.chat_template=mine.jinja")
+    assert error.startswith(message)
+
+
+@pytest.mark.parametrize("text", [
+    "{% for message in messages %}{% if message.role == 'system' %}{% continue %}{% endif %}{{ message.content }}{% endfor %}",
+    "{% for message in messages %}{%- generation -%}{{ message.content }}{% endgeneration %}{% endfor %}", "é"])
+def test_a_template_may_have_what_transformers_reads(files, text):
+    (files / "mine.jinja").write_text(text, encoding="utf-8")
+    assert load("model.chat_template=mine.jinja", 'model.template_kwargs={"loud": true}').model.template_kwargs == {"loud": True}
+
+
 def test_everything_wrong_is_said_at_once(config_file):
     found = errors("sed=1", "lr=fast", "nonsense", "warmup=2", "model.batch_size=7", "exp_name=a/b", world_size=2)
     expected = ["'nonsense'", "unknown key 'sed'", "lr='fast'", "exp_name='a/b'", "warmup=2.0", "model.batch_size=7"]
@@ -331,7 +397,7 @@ def test_a_command_line_without_a_config_file_or_a_value(argv, expected):
 
 def script(*argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:
     """Runs sft.py; returns what came of it and the names of the modules it imported."""
-    done = subprocess.run([sys.executable, "-X", "importtime", "sft.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "sft.py"), *argv], capture_output=True, text=True)
     imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
     done.stderr = "".join(line for line in done.stderr.splitlines(True) if not line.startswith("import time:"))
     return done, imported
@@ -373,7 +439,7 @@ def test_help_into_a_pipe_that_is_closed_ends_without_a_word(name, buffered):
 
 
 def test_errors_are_told_without_a_traceback():
-    done, imported = script("--config", "configs/tiny.py", "sed=1", "lr=fast")
+    done, imported = script("--config", TINY, "sed=1", "lr=fast")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == "sft.py: unknown key 'sed', did you mean 'seed'?\nlr='fast' must be a number\n"
     assert "torch" not in imported

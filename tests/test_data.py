@@ -67,6 +67,71 @@ def test_rows_are_those_of_the_lines(tmp_path):
     assert rows.lengths.tolist() == [2, 3, 1, 2, 3] and rows.targets.tolist() == [1, 2, 1, 1, 2]
     assert [rows.where(i) for i in range(5)] == [f"{a}:2", f"{a}:5", f"{b}:1", f"{a}:2", f"{a}:5"]
     assert rows.counts == {"rows": 7, "targets": 7} and rows.file_of.tolist() == [0, 0, 1, 2, 2]
+    assert rows.row_of.tolist() == [0, 2, 0, 0, 2] and rows.answers.tolist() == [-1] * 5  # the row of evens counts too
+    assert rows.row_numbers().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_row_may_become_several_examples(tmp_path):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("2 3 | 4 | 5\n\n9\n")
+    b.write_text("9 | 1 1\n")
+    rows = cached([a, b, b], tmp_path)
+    assert [rows[i][0].tolist() for i in range(len(rows))] == [[2, 3], [5], [9], *[[9], [1, 1]] * 2]
+    assert rows.row_of.tolist() == [0, 0, 1, 0, 0, 0, 0] and rows.row_numbers().tolist() == [0, 0, 1, 2, 2, 3, 3]
+    assert rows.answers.tolist() == [-3, -1, -1, *[-2, -1] * 2]
+    assert [rows.where(i) for i in range(7)] == [*[f"{a}:1"] * 2, f"{a}:3", *[f"{b}:1"] * 4]
+
+
+def test_bad_rows_are_counted_by_reason_with_the_first_place_up_to_a_limit(tmp_path):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("1\n\n" * 2 * CHUNK + "bad smell\n1\nbad idea\n")
+    b.write_text("bad idea\n" + "1\n" * 2 * CHUNK + "bad idea\n")
+    rows = cached([a, b], tmp_path)
+    assert rows.counts == {"rows": 4 * CHUNK + 5, "targets": 4 * CHUNK + 1, "bad: smell": 1, "bad: idea": 3}
+    assert rows.places == {"bad: smell": [0, 4 * CHUNK + 1], "bad: idea": [0, 4 * CHUNK + 3]}
+    assert rows.place("bad: idea") == f"{a}:1027" and len(rows) == 1025
+    rows.check_bad_rows(4 / 1029)
+    for most, said in ((3.99 / 1029, "0.00387755"), (0.0, "0")):
+        with pytest.raises(DataError) as raised:
+            rows.check_bad_rows(most)
+        assert str(raised.value).splitlines() == [f"4 of 1,029 rows can't be used, more than max_bad_rows={said} of them:",
+                                                  f"{a}:1027: idea (3 rows)", f"{a}:1025: smell (1 row)"]
+
+
+def test_of_many_reasons_the_most_frequent_are_named(tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_text("1\n" + "".join(f"bad {i}\n" * i for i in range(1, 12)))
+    with pytest.raises(DataError) as raised:
+        cached([file], tmp_path).check_bad_rows(0.5)
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "66 of 67 rows can't be used, more than max_bad_rows=0.5 of them:" and lines[-1] == "and 3 more reasons"
+    assert lines[1:-1] == [f"{file}:{2 + i * (i - 1) // 2}: {i} ({i} rows)" for i in range(11, 3, -1)]
+
+
+class Disturbed(LineEncoder):
+    """While the file is read, another process writes to it."""
+
+    added = "8 9\n"
+
+    def read(self, file: Path):
+        for number, line in super().read(file):
+            yield number, line
+            if number == 2:
+                with open(file, "a") as stream:
+                    stream.write(self.added)
+
+
+def test_a_file_that_changes_while_it_is_tokenised_leaves_no_cache(tmp_path):
+    a, b = write_lines(tmp_path / "a.txt", 20), tmp_path / "b.txt"
+    b.write_text("1\n")
+    with pytest.raises(DataError) as raised:
+        cached([b, a], tmp_path, Disturbed())
+    assert str(raised.value) == f"{b}, {a}: changed while being read; start again once that is over"
+    assert a.read_text().endswith(Disturbed.added) and snapshot_names(tmp_path) == []
+    undisturbed = Disturbed()
+    undisturbed.added = ""
+    again = cached([b, a], tmp_path, undisturbed)
+    assert again[len(again) - 1][0].tolist() == [8, 9] and snapshot_names(tmp_path) == [again.identity]
 
 
 def test_a_second_call_maps_what_the_first_has_built(tmp_path):
@@ -130,14 +195,15 @@ def test_what_a_killed_build_has_left_is_not_used(tmp_path):
 
 
 def test_what_can_t_be_cached_is_one_line(tmp_path):
-    file, empty, evens, words = (tmp_path / f"{name}.txt" for name in ("x", "empty", "evens", "words"))
-    for path, text in ((file, "1\n"), (empty, "\n"), (evens, "2\n4 6\n"), (words, "1\n\n2 two\n")):
+    file, empty, evens, words, bad = (tmp_path / f"{name}.txt" for name in ("x", "empty", "evens", "words", "bad"))
+    for path, text in ((file, "1\n"), (empty, "\n"), (evens, "2\n4 6\n"), (words, "1\n\n2 two\n"), (bad, "2\n\nbad taste\n")):
         path.write_text(text)
     (tmp_path / "in_the_way").write_text("")
     for files, cache, said in [
             ([file, empty], "cache", f"{empty}: no rows in this file"),
             ([file, words], "cache", f"{words}:3: not a line of numbers"),
-            ([evens], "cache", f"{evens}: no row has a target: {{'rows': 2}}"),
+            ([evens], "cache", f"{evens}: no row has a target: 2 rows"),
+            ([evens, bad], "cache", f"{evens}, {bad}: no row has a target: 4 rows; 1 bad: taste ({bad}:3)"),
             ([file, tmp_path], "cache", f"{tmp_path}: can't be read: Is a directory"),
             ([tmp_path / "none"], "cache", f"{tmp_path / 'none'}: can't be read: No such file or directory"),
             ([file], "in_the_way", "the token cache can't be written: Not a directory")]:
@@ -151,9 +217,9 @@ def snapshot_names(cache: Path) -> list[str]:
     return [path.name for path in (cache / "tokens").iterdir() if path.is_dir() and not path.suffix]
 
 
-def child(file: Path, cache: Path, killed_at_row: int | str = "") -> subprocess.Popen:
+def child(file: Path, cache: Path, killed_at_row: int | str = "", bytes_for_workers: int = data.BYTES_FOR_WORKERS):
     """Starts a process of its own that fills the cache once it is sent a line; it says when it waits for that."""
-    argv = [ROOT / "tests/line_encoder.py", file, cache, killed_at_row]
+    argv = [ROOT / "tests/line_encoder.py", file, cache, killed_at_row, bytes_for_workers]
     return subprocess.Popen([sys.executable, *map(str, argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -163,10 +229,10 @@ def one_process(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_rows", [1000, 16 * CHUNK], ids=["one process", "several"])
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, one_process, n_rows):
-    file = write_lines(tmp_path / "x.txt", n_rows)
-    killed = child(file, tmp_path / "cache", killed_at_row=300)
+@pytest.mark.parametrize("bytes_for_workers", [10 ** 6, 0], ids=["one process", "several"])
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, one_process, bytes_for_workers):
+    file = write_lines(tmp_path / "x.txt", 16 * CHUNK)
+    killed = child(file, tmp_path / "cache", 300, bytes_for_workers)
     killed.communicate("go\n", timeout=60)  # until nobody can write to its output: its workers are gone too
     assert killed.returncode == -9
     (partial,) = [path for path in (tmp_path / "cache/tokens").iterdir() if path.is_dir()]
@@ -180,7 +246,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, one_pro
 @pytest.mark.slow
 def test_builds_at_once_by_several_processes_end_in_the_cache_of_one_build_by_one(tmp_path, one_process):
     file = write_lines(tmp_path / "x.txt", 16 * CHUNK)
-    racers = [child(file, tmp_path / "raced") for _ in range(2)]
+    racers = [child(file, tmp_path / "raced", "", 0) for _ in range(2)]
     assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2  # all have imported what they need: now they go
     for racer in racers:
         racer.stdin.write("go\n")
@@ -192,13 +258,24 @@ def test_builds_at_once_by_several_processes_end_in_the_cache_of_one_build_by_on
 
 def test_the_cache_holds_the_chunks_one_after_the_other(tmp_path, one_process):
     files = [write_lines(tmp_path / "a.txt", 1000), write_lines(tmp_path / "b.txt", 16 * CHUNK)]
-    parts, counts = zip(*encode_files(files, LineEncoder(), 1))
+    parts, counts, _ = zip(*encode_files(files, LineEncoder(), 1))
     assert len(parts) == 4 + 16  # none has rows of two files
     whole = cached(files, tmp_path)
     assert whole.counts == dict(sum(counts, Counter())) and whole.offsets.tolist() == [0, *np.cumsum(whole.lengths)]
     for column, name in ((whole.ids, "ids"), (whole.trained, "trained"), (whole.lines, "lines"), (whole.file_of, "files"),
-                         (whole.lengths, "lengths"), (whole.targets, "targets")):
+                         (whole.lengths, "lengths"), (whole.targets, "targets"), (whole.row_of, "rows"),
+                         (whole.answers, "answers")):
         assert column.dtype == DTYPES[name] and np.array_equal(column, np.concatenate([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize("more, n_workers", [(0, 3), (1, 1)])
+def test_more_processes_are_for_many_bytes(tmp_path, monkeypatch, more, n_workers):
+    files, asked = [write_lines(tmp_path / name, 20) for name in ("a.txt", "b.txt")], []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(data, "BYTES_FOR_WORKERS", sum(file.stat().st_size for file in files) + more)
+    monkeypatch.setattr(data, "encode_files", lambda *args: (asked.append(args[2]), encode_files(*args[:2], 1))[1])
+    cached(files, tmp_path)
+    assert asked == [n_workers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,6 +540,27 @@ def test_a_step_may_begin_anywhere_in_the_sequence_of_epochs(stored, n, seed):
         assert sorted(sum(map(rows_in, loader.microbatches(first)), [])) == sorted(sequence[first:first + BATCH])
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("microbatch_tokens", [7, 10 ** 6])
+def test_examples_of_one_row_are_documents_of_their_own(tmp_path, packing, world_size, microbatch_tokens):
+    """The same on one rank and two, packed and padded; a step counts examples, not rows."""
+    lines = tmp_path / "x.txt"
+    lines.write_text("20 3 5 | 20 3 6 8 7 | 20 1\n21 9\n22 5 6 | 24 | 22 5 6 2 1\n")
+    documents = [([20, 3, 5], [3, 5]), ([20, 3, 6, 8, 7], [3, 7]), ([20, 1], [1]), ([21, 9], [21, 9]), ([22, 5, 6], [5]),
+                 ([22, 5, 6, 2, 1], [5, 1])]  # (ids, those that are targets)
+    rows = cached([lines], tmp_path)
+    steps, counts = [], set()
+    for loader in loaders(rows, np.arange(6), world_size, 6, None, packing, microbatch_tokens, batch_size=4):
+        for i, step in enumerate(by_step(loader)):
+            steps += [(i, document) for batch in step if batch["n_documents"] for document in documents_in(batch)]
+            counts |= {(i, *(batch[f"{name}_count"] for name in ("global_token", "global_target")), batch["n_examples"])
+                       for batch in step}
+    expected = [(i // 4, (ids, [id if id in targets else IGNORE for id in ids], [*range(len(ids))]))
+                for i, (ids, targets) in enumerate(documents)]
+    assert sorted(steps) == sorted(expected) and counts == {(0, 12, 7, 4), (1, 8, 3, 2)}
+
+
 def test_a_step_names_its_rows(tmp_path):
     lines = [tmp_path / "a.txt", tmp_path / "b.txt"]
     lines[0].write_text("1\n\n1\n")
@@ -586,12 +684,24 @@ def test_evaluation_takes_the_rows_in_their_order(stored):
 
 @pytest.mark.parametrize("n, fraction, n_held_out", [(100, 0.1, 10), (100, 0.0, 0), (5, 0.01, 1), (9, 0.5, 4), (999, 0.333, 333)])
 def test_held_out_rows_are_trained_on_by_no_run(n, fraction, n_held_out):
-    train, held_out = split_rows(n, fraction, seed=1)
+    train, held_out = split_rows(np.arange(n), fraction, seed=1)
     assert len(held_out) == n_held_out and sorted([*train, *held_out]) == list(range(n))
     assert train.tolist() == sorted(train) and held_out.tolist() == sorted(held_out)
     if 1 < n_held_out:
-        assert held_out.tolist() != split_rows(n, fraction, seed=2)[1].tolist()
+        assert held_out.tolist() != split_rows(np.arange(n), fraction, seed=2)[1].tolist()
         assert held_out.tolist() not in (list(range(n_held_out)), list(range(n - n_held_out, n)))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.4])
+def test_all_examples_of_a_row_are_on_one_side(fraction):
+    """Which rows are held out does not hang on how many examples each has become."""
+    counts = np.random.default_rng(3).integers(1, 5, 50)
+    row_numbers = np.repeat(np.arange(50), counts)
+    train, held_out = split_rows(row_numbers, fraction, seed=1)
+    rows = split_rows(np.arange(50), fraction, seed=1)
+    assert train.tolist() == [i for i, row in enumerate(row_numbers) if row in rows[0]]
+    assert held_out.tolist() == [i for i, row in enumerate(row_numbers) if row in rows[1]]
+    assert len(rows[1]) == round(50 * fraction) and len(train) + len(held_out) == counts.sum() > 100
 
 
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=60).map(lambda lengths: np.array(lengths, np.int32))

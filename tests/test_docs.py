@@ -45,10 +45,17 @@ def test_a_page_prints_what_it_says(page):
 
 
 @every_page
-def test_commands_and_keys_are_known(page, monkeypatch):
+def test_commands_and_keys_are_known(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".cache/tiny-data").mkdir(parents=True)
+    for name in ("train", "test"):
+        (tmp_path / f".cache/tiny-data/{name}.jsonl").touch()
     text = page.read_text().replace("\\\n", " ")
     for n, line in re.findall(r"--nproc_per_node=(\d+) .*?sft\.py (.*)$", text, re.MULTILINE):
-        load_config([argument for argument in line.split() if page.stem != "fork_it" or argument != "beta=0.1"], int(n))
+        argv = [argument for argument in line.split() if page.stem != "fork_it" or argument != "beta=0.1"]
+        for file in re.findall(r"[\w./-]+\.jsonl", " ".join(argv)):  # the reader's own
+            (tmp_path / file).touch()
+        load_config([str(ROOT / argument) if argument.startswith("configs/") else argument for argument in argv], int(n))
     for line in re.findall(r"^python generate\.py ([^#\n]*)", text, re.MULTILINE):
         monkeypatch.setattr(sys, "argv", ["generate.py", *line.split()])
         parse_arguments()
@@ -127,7 +134,7 @@ def expected(fork):
     def logp(model, prompt: str, answer: str) -> torch.Tensor:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         start = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()  # the template ends it by <|im_end|>, new line
+        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()  # the template ends it by eos and a new line
         before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (start, whole))
         logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         return sum(logps[place - 1, ids[place]] for place in range(len(before), len(ids)))

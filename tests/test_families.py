@@ -13,7 +13,7 @@ from forked import run_ranks, whole
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from chat import ChatEncoder, to_messages
+from chat import ChatEncoder
 from checkpoint import save_model, write_gathered
 from configs.base import ModelConfig
 from data import IGNORE, SFTDataLoader, TokenisedRows
@@ -109,7 +109,7 @@ def work(folder: Path) -> None:
 
 
 def train(folder: Path, family: str, rows, tokenizer, rank: int, world_size: int, device: torch.device) -> dict:
-    model = make_model(ModelConfig(name_or_path=str(folder / family)), tokenizer, 2, "", device)
+    model = make_model(ModelConfig(name_or_path=str(folder / family)), tokenizer, [2], "", device)
     shard_model(model, make_mesh(device), "target_logps")
     load_weights(model)
     optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
@@ -239,20 +239,22 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path, adds_bos):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenizer = load_tokenizer(str(tmp_path), "")
-    assert len(tokenizer) == reference.vocab_size()  # ChatML's markers are in it already
+    assert len(tokenizer) == reference.vocab_size()  # no token is added
     for row in rows[:50]:
         text = f"{row['prompt']} {row['completion']}"
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == reference.encode(text) and reference.unk_id() not in ids
         assert tokenizer.decode(ids) == text
 
-    encoder = ChatEncoder(tokenizer, 64, 48)
-    ids, trained, _ = encoder(to_messages({"prompt": "reverse ABC", "completion": "CBA"}))
+    row = {"prompt": "reverse ABC", "completion": "CBA"}
+    columns, _, _ = ChatEncoder(tokenizer, 64, 48).encode_rows(0, Path("x"), 0, [(1, row)])
+    ids = columns["ids"].tolist()
     bos = "<s>" if adds_bos else ""
-    assert tokenizer.decode(ids) == bos + "<|im_start|>user\nreverse ABC<|im_end|>\n<|im_start|>assistant\nCBA<|im_end|>\n"
-    assert tokenizer.decode([token for token, target in zip(ids, trained) if target]) == "CBA<|im_end|>"
+    assert tokenizer.decode(ids) == bos + "<|user|>\nreverse ABC\n<|assistant|>\nCBA</s>"
+    assert tokenizer.decode([token for token, target in zip(ids, columns["trained"]) if target]) == "CBA</s>"
 
     tokenizer.save_pretrained(tmp_path / "FINAL")  # as a run does
     again = load_tokenizer(str(tmp_path / "FINAL"), "")
     assert len(again) == len(tokenizer)
-    assert ChatEncoder(again, 64, 48)(to_messages({"prompt": "reverse ABC", "completion": "CBA"})) == (ids, trained, len(ids))
+    same, _, _ = ChatEncoder(again, 64, 48).encode_rows(0, Path("x"), 0, [(1, row)])
+    assert all((same[name] == columns[name]).all() for name in columns) and len(same["ids"]) == len(ids)

@@ -205,7 +205,7 @@ def start(folder: Path, tokenizer, kind: str = "untied", packing: bool = True, r
           resume: Path | None = None, replicas: int = 1, offload: bool = False, dtype: torch.dtype = torch.float32, **_):
     """Returns (the sharded model, its optimizer, a counter of how often each block is computed)."""
     device = torch.device("cpu")
-    model = make_model(ModelConfig(name_or_path=str(folder / kind)), tokenizer, 2, "", device)
+    model = make_model(ModelConfig(name_or_path=str(folder / kind)), tokenizer, [2], "", device)
     calls = Counter()
     for i, block in enumerate(find_blocks(model)):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # recomputing stops before its end

@@ -1,8 +1,10 @@
 """Answers of generate.py against transformers, one prompt at a time without padding, and PEFT's merge."""
 
+import dataclasses
 import itertools
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -15,6 +17,7 @@ from forked import run_file, run_forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chat import ChatEncoder
+from configs.base import Config, ModelConfig
 from lora import add_lora, save_adapter
 from model_utils import load_model, load_tokenizer
 
@@ -31,8 +34,8 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
     write_model(folder / "base")
     tokenizer = load_tokenizer(str(folder / "base"), str(folder))
-    stop_id = ChatEncoder(tokenizer, 128, 64).stop_id
-    model = load_model(str(folder / "base"), None, tokenizer, stop_id, str(folder))
+    [stop] = ChatEncoder(tokenizer, 128, 64).stop_ids
+    model = load_model(str(folder / "base"), None, tokenizer, [stop], str(folder))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that what it answers depends on what it is asked
@@ -42,7 +45,7 @@ def world(tmp_path_factory) -> Path:
     late = next(token for i, token in enumerate(ids) if i >= 5 and token not in ids[:i])
     with torch.no_grad():  # a token that the model writes late, and the one that ends an answer, change places
         rows = model.get_output_embeddings().weight
-        rows[[late, stop_id]] = rows[[stop_id, late]]
+        rows[[late, stop]] = rows[[stop, late]]
     model.save_pretrained(folder / "model")
     return folder
 
@@ -51,12 +54,19 @@ def user(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
 
-def reference(folder: Path, messages: list[dict], stops: list[int] | None = None, **sampling) -> tuple[list[int], str]:
-    """The ids, with the token that ends them, and the text of an answer by transformers alone."""
+def reference(folder: Path, asked: list[dict] | str, stops: list[int] | None = None, template: dict | None = None,
+              **sampling) -> tuple[list[int], str]:
+    """The ids, with the token that ends them, and the text of an answer by transformers alone: to messages, or what follows a
+    text. The template gets what it is called with beside the messages."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    if isinstance(asked, str):
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(asked, add_special_tokens=False)["input_ids"]]])
+        prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True,
+                                               **(template or {}))
     if stops is None:
-        stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+        stops = [tokenizer.eos_token_id]
     model.generation_config.eos_token_id = stops or None
     sampling = {"do_sample": True, "top_k": 0, **sampling} if sampling else {"do_sample": False}
     output = model.generate(**prompt, max_new_tokens=LENGTH, pad_token_id=0, **sampling)
@@ -105,8 +115,7 @@ def test_batched_answers_are_those_of_transformers_one_by_one(world, tmp_path, b
 def test_an_answer_ends_before_the_terminator(world, tmp_path, capsys):
     whole = reference(world / "model", user(QUESTIONS[0]), stops=[])[0]
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    n_kept = whole.index(stop)
+    n_kept = whole.index(tokenizer.eos_token_id)
     assert n_kept >= 5
     assert outputs(world / "model", tmp_path, [{"prompt": QUESTIONS[0]}]) == [tokenizer.decode(whole[:n_kept]).strip()]
     assert "1 answers, 0 of them cut off after 24 tokens" in capsys.readouterr().out
@@ -117,16 +126,15 @@ def test_an_answer_ends_before_what_the_generation_config_names(world, tmp_path)
     folder, out = tmp_path / "model", tmp_path / "out"
     out.mkdir()
     tokenizer, model = (kind.from_pretrained(world / "model") for kind in (AutoTokenizer, AutoModelForCausalLM))
-    terminators = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
     whole = [reference(world / "model", user(question))[0] for question in QUESTIONS]
     stop = whole[0][3]
-    expected = [list(itertools.takewhile(lambda token: token not in [stop, *terminators], ids)) for ids in whole]
+    expected = [list(itertools.takewhile(lambda token: token not in (stop, tokenizer.eos_token_id), ids)) for ids in whole]
     model.generation_config.update(eos_token_id=[stop], repetition_penalty=5.0, temperature=3.0, do_sample=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert any(len(set(ids)) < len(ids) for ids in expected)  # a token that comes twice, which the penalty would prevent
     assert outputs(folder, out, [{"prompt": question} for question in QUESTIONS]) == [
-        tokenizer.decode(ids).strip() for ids in expected]
+        tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
 
 
 def test_a_model_without_a_chat_template_gets_the_one_it_is_trained_with(world, tmp_path):
@@ -134,10 +142,9 @@ def test_a_model_without_a_chat_template_gets_the_one_it_is_trained_with(world, 
     assert not tokenizer.chat_template
     [output] = outputs(world / "base", tmp_path, [{"prompt": QUESTIONS[1]}])
     model = AutoModelForCausalLM.from_pretrained(world / "base")
-    prompt = tokenizer(f"<|im_start|>user\n{QUESTIONS[1]}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")["input_ids"]
-    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=LENGTH,
-                         eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"]))[0, prompt.shape[1]:]
-    assert output == tokenizer.decode([token for token in ids if token > 2]).partition("<|im_end|>")[0].strip()
+    prompt = tokenizer(f"<|user|>\n{QUESTIONS[1]}\n<|assistant|>\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=LENGTH)[0]
+    assert output == tokenizer.decode(ids[prompt.shape[1]:], skip_special_tokens=True).strip() != ""
 
 
 def test_the_template_s_empty_thought_is_no_part_of_an_answer(world):
@@ -145,9 +152,9 @@ def test_the_template_s_empty_thought_is_no_part_of_an_answer(world):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message['content']", "('0\\n\\n' if loop.last and message['role'] == 'assistant' else '') + message['content']")
     encoder = ChatEncoder(tokenizer, 128, 64)
-    assert encoder.lead == "0\n\n"
+    assert encoder.template.lead == "0\n\n"
     for text, shown in (("0\n\nABC", "ABC"), ("ABC", "ABC"), ("0", ""), ("A0", "A0")):
-        assert encoder.answer_text(encoder.ids(text)) == shown
+        assert encoder.read_answer(encoder.tokens(text)) == shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,11 +195,91 @@ def test_every_shape_of_a_row_asks_its_last_question(world, tmp_path):
     assert [record["output"] for record in records] == [one] * len(same) + [other] * len(longer)
 
 
+# Tools by their names, thoughts, calls and results; a switch changes what the answer follows
+AGENT = """\
+{%- for tool in tools or [] %}{{ 'last ' + tool.function.name + '\n' }}{% endfor %}\
+{%- for message in messages %}{{ '<|' + message.role + '|>\n' }}\
+{%- if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n' }}{% endif %}{{ message.content }}\
+{%- for call in message.tool_calls or [] %}{{ ' ' + call.function.name + ' ' + (call.function.arguments | tojson) }}{% endfor %}\
+{%- if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}\
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' + ('day after ' if hurried else '') }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def agent(world) -> Path:
+    shutil.copytree(world / "model", world / "agent")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.chat_template = AGENT
+    tokenizer.save_pretrained(world / "agent")
+    return world / "agent"
+
+
+def test_tools_calls_results_thoughts_and_the_system_column_are_part_of_the_prompt(agent, tmp_path):
+    tool = {"type": "function", "function": {"name": "reverse", "description": "reverse a word", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "reverse", "arguments": {"a": 1}}}
+    asked = [{"role": "system", "content": "B"}, *user("sort 21"),
+             {"role": "assistant", "content": "", "reasoning_content": "add A", "tool_calls": [call]},
+             {"role": "tool", "content": "12"}]
+    rows = [
+        {"messages": asked, "tools": [tool]},
+        {"messages": [*asked, {"role": "assistant", "content": "C"}], "tools": json.dumps([tool])},
+        {"system": "B", "tools": [tool["function"]], "conversations": [
+            {"from": "human", "value": "sort 21"},
+            {"from": "function_call", "value": '{"name": "reverse", "arguments": {"a": 1}}', "thinking": "add A"},
+            {"from": "observation", "value": "12"}, {"from": "gpt", "value": "C"}]}]
+    expected = reference(agent, asked, template={"tools": [tool]})[1]
+    without_thought = [*asked[:2], {**asked[2], "reasoning_content": ""}, asked[3]]
+    less = [(asked, []), (asked[1:], [tool]), (asked[:2], [tool]), (without_thought, [tool])]
+    assert expected not in [reference(agent, messages, template={"tools": tools})[1] for messages, tools in less]
+    records = answers(agent, tmp_path, rows)
+    assert [(record["instruction"], record["output"]) for record in records] == 3 * [("12", expected)]
+
+
+def test_a_text_is_gone_on_with_as_training_has_read_it(world, tmp_path):
+    """Behind the token that ends texts, without any header."""
+    records = answers(world / "model", tmp_path, [{"text": "sort 21"}, {"prompt": "sort 21"}])
+    expected = [reference(world / "model", asked)[1] for asked in ("sort 21", user("sort 21"))]
+    assert expected[0] != expected[1] and [record["output"] for record in records] == expected
+    assert [record["instruction"] for record in records] == ["sort 21", "sort 21"]
+
+
+def test_the_template_s_switches_are_those_that_the_model_was_trained_with(agent, tmp_path):
+    final, out = tmp_path / "FINAL", tmp_path / "out"
+    shutil.copytree(agent, final)
+    out.mkdir()
+    hurried = Config(model=ModelConfig(template_kwargs={"hurried": True}))
+    (final / "sft_config.json").write_text(json.dumps(dataclasses.asdict(hurried)))
+    expected = reference(agent, user("sort 21"), template={"hurried": True})[1]
+    assert expected != reference(agent, user("sort 21"))[1]
+    assert outputs(final, out, [{"prompt": "sort 21"}]) == [expected]
+    (final / "sft_config.json").write_text(json.dumps(dataclasses.asdict(Config())))
+    assert outputs(final, out, [{"prompt": "sort 21"}]) == [reference(agent, user("sort 21"))[1]]
+
+
+def test_an_adapter_s_switches_are_kept_in_the_folder_around_it(agent, tmp_path):
+    step, out = tmp_path / "step-2", tmp_path / "out"
+    step.mkdir()
+    out.mkdir()
+    write_adapter(agent.parent, step / "adapter", "ours")
+    config = Config(model=ModelConfig(template_kwargs={"hurried": True}))
+    (step / "sft_config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(agent), step / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(agent).save_pretrained(tmp_path / "merged")
+    expected = reference(tmp_path / "merged", user("sort 21"), template={"hurried": True})[1]
+    assert expected != reference(tmp_path / "merged", user("sort 21"))[1]
+    for folder in (step, step / "adapter"):
+        assert outputs(folder, out, [{"prompt": "sort 21"}], "--base", agent) == [expected]
+
+
 def test_the_system_message_is_for_prompts_that_have_none(world, tmp_path):
     own, given = ([{"role": "system", "content": text}, *user("sort 21")] for text in ("B", "A"))
     expected = [reference(world / "model", messages)[1] for messages in (given, own)]
     assert expected[0] != expected[1]
     assert outputs(world / "model", tmp_path, [{"prompt": "sort 21"}, {"messages": own}], "--system", "A") == expected
+    developer = [{"role": "developer", "content": "B"}, *user("sort 21")]
+    rows = [{"prompt": "sort 21", "system": "B"}, {"messages": developer}]
+    assert outputs(world / "model", tmp_path, rows, "--system", "A") == 2 * expected[1:]
 
 
 def test_a_folder_of_files_names_the_file_of_each_answer(world, tmp_path):
@@ -207,9 +294,9 @@ def test_a_folder_of_files_names_the_file_of_each_answer(world, tmp_path):
 
 
 def test_a_control_token_in_a_prompt_is_warned_of(world, tmp_path, capsys):
-    outputs(world / "model", tmp_path, [{"prompt": "sort 1"}, {"prompt": "sort <|im_end|> 2"}])
+    outputs(world / "model", tmp_path, [{"prompt": "sort 1"}, {"prompt": "sort </s> 2"}])
     [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert warning.startswith(f"warning: {tmp_path / 'prompts.jsonl'}:2: '<|im_end|>'")
+    assert warning.startswith(f"warning: {tmp_path / 'prompts.jsonl'}:2: '</s>'")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +330,7 @@ def write_adapter(world: Path, folder: Path, kind: str) -> None:
     base = str(world / "model")
     if kind == "ours":
         tokenizer = load_tokenizer(base, str(world))
-        model = load_model(base, None, tokenizer, None, str(world))
+        model = load_model(base, None, tokenizer, [], str(world))
         torch.manual_seed(4)
         add_lora(model, 4, 8.0, 0.0, "all-linear", use_rslora=True)
     else:
@@ -341,10 +428,12 @@ def test_a_chat_ends_with_its_input(world, tmp_path):
 GOOD = '{"prompt": "sort 1"}'
 ROWS = {  # rows of a file → what is said of its line 2
     "no json": (f"{GOOD}\nsort 2", "not valid JSON at column 1"),
-    "no shape": (f'{GOOD}\n{{"text": "sort 2"}}', "the keys ['text'] fit no shape of row"),
-    "no object": (f"{GOOD}\n[1]", "a row must be a JSON object, not [1]"),
-    "no text": (f'{GOOD}\n{{"prompt": 3}}', "prompt must be a list of messages or a text"),
-    "no question": (f'{GOOD}\n{{"messages": [{{"role": "system", "content": "A"}}]}}', "the user asks nothing in this row"),
+    "no shape": (f'{GOOD}\n{{"words": "sort 2"}}', "the keys ['words'] fit no shape of row"),
+    "no object": (f"{GOOD}\n1", "a row must be a JSON object, not 1"),
+    "no text": (f'{GOOD}\n{{"prompt": 3}}', "prompt must be a text, not 3"),
+    "no question": (f'{GOOD}\n{{"messages": [{{"role": "assistant", "content": "A"}}]}}', "the user asks nothing in this row"),
+    "no tools": (f'{GOOD}\n{{"prompt": "sort 2", "tools": [{{"name": "add"}}]}}',
+                 "tools[0]: the chat template does not write the tool 'add'"),
     "too long": (f'{GOOD}\n{{"prompt": "{"A" * 100}"}}', "the prompt's 1"),
 }
 

@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT, run_well, write_model
 from tokenizers import AddedToken
 
-from chat import ChatEncoder, list_files, to_messages
+from chat import ChatEncoder
 from data import tokenise
 from hub import CONTROL_TOKENS, SOURCES, HubError, clean, fetch, find_threads, mix, parse_weight, select_shp
 from make_tiny import make_rows, train_tokenizer
 from model_utils import load_tokenizer
+from rows import list_files, to_conversation
 
 
 def talk(*texts: str) -> list[dict]:
@@ -167,7 +168,8 @@ def test_conversations_that_chat_py_would_refuse_are_dropped(case):
     cleaned = clean(messages, False, "")
     assert cleaned == expected
     if cleaned:
-        assert [message["content"] for message in to_messages({"messages": cleaned})] == [m["content"] for m in expected]
+        read = to_conversation({"messages": cleaned}).messages
+        assert [message["content"] for message in read] == [message["content"] for message in expected]
 
 
 def test_control_tokens_begin_the_answers_that_are_trained():
@@ -184,7 +186,7 @@ def test_a_control_token_is_one_target_right_after_the_generation_prompt(tmp_pat
     encoder = ChatEncoder(tokenizer, 128, 64)
     for token in CONTROL_TOKENS:
         messages = clean(talk("add 1 and 2", "3", "add 2 and 3", "5"), True, token)
-        columns, counts = encoder.encode_rows(0, Path("x.jsonl"), [(1, {"messages": messages})])
+        columns, counts, _ = encoder.encode_rows(0, Path("x.jsonl"), 0, [(1, {"messages": messages})])
         targets = columns["ids"][columns["trained"]].tolist()
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         assert columns["ids"][:columns["trained"].argmax()].tolist() == prompt
@@ -273,7 +275,7 @@ def test_a_data_set_is_fetched_by_name(hub, tmp_path, name, split):
     assert path == str(tmp_path / "datasets" / f"{name}-{split}.jsonl")
     rows = read(path)
     assert [row["messages"] for row in rows] == FETCHED[name, split]
-    assert [len(to_messages(row)) for row in rows] == [len(messages) for messages in FETCHED[name, split]]
+    assert [len(to_conversation(row).messages) for row in rows] == [len(messages) for messages in FETCHED[name, split]]
 
 
 def test_every_data_set_of_the_table_is_among_those_fetched_here():
@@ -482,5 +484,5 @@ def test_a_run_trains_on_the_train_splits_by_weight_and_evaluates_on_the_test_sp
     said = run_well(ROOT / "sft.py", "--config", ROOT / "configs/tiny.py", "datasets=[ultrachat*3]",
                     "eval_datasets=[]", "n_epochs=1", "n_eval_answers=0", f"cache_dir={tmp_path}", "model.batch_size=2",
                     f"model.tokenizer_name_or_path={tmp_path}/model", cwd=hub)
-    assert "steps: 3, of 6 examples" in said and "eval: 1 of 1 held-out rows" in said
+    assert "steps: 3, of 6 examples" in said and "eval: 1 of 1 held-out examples" in said
     assert (tmp_path / "tiny/FINAL/model.safetensors").is_file()

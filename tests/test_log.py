@@ -21,7 +21,7 @@ import log
 from chat import ChatEncoder, load_examples
 from configs.base import Config, WandbConfig
 from fsdp_utils import end_process, init_processes
-from log import Log, count_flops, describe_run, is_right, plot, show_answers, show_example
+from log import Log, count_flops, describe_data, describe_run, is_right, plot, show_answers, show_example
 from logps import target_logps, whole_batch
 from model_utils import load_model, load_tokenizer
 
@@ -220,36 +220,125 @@ def started(tmp_path_factory):
     tokenizer = load_tokenizer(str(folder / "model"), "")
     encoder = ChatEncoder(tokenizer, 64, 32)
     train, held_out, _ = load_examples(encoder, [str(folder / "rows.jsonl")], [], 0.3, False, 1, str(folder))
-    return tokenizer, load_model(str(folder / "model"), None, tokenizer, encoder.stop_id, ""), train, held_out
+    return tokenizer, load_model(str(folder / "model"), None, tokenizer, encoder.stop_ids, ""), train, held_out
 
 
-def test_a_run_begins_with_what_it_trains_on_what(started, group):
+def test_a_run_begins_with_what_it_trains_on_what(started, group, tmp_path):
     tokenizer, model, train, held_out = started
     assert (len(train.ids), len(held_out.ids)) == (7, 3)
-    lines = describe_run(tokenizer, train, 14, 4, 2, 3, model, True, None).split("\n")
-    n_tokens, n_targets = sum(train.rows.lengths), sum(train.rows.targets)
-    assert lines[-4:] == [f"train: 10 rows; {n_tokens} tokens; {n_tokens} tokens kept; {n_targets} targets",
-                          "eval: 2 of 3 held-out rows", "model: 0.0M parameters, 0.0M trained, on 1 x cpu",
-                          "steps: 4, of 14 examples, packed"]
-    example = tokenizer.decode(train.rows[train.ids[0]][0])
-    assert "\n".join(lines[:-4]).replace("⟦", "").replace("⟧", "") == f"--- an example; what is trained is marked\n{example}\n---"
-    resumed = describe_run(tokenizer, train, 14, 4, 2, 3, model, False, Path("run/checkpoints/step-2")).split("\n")
-    assert resumed[:-2] == lines[:-1] and resumed[-2:] == ["steps: 4, of 14 examples, padded",
-                                                          "resumed from run/checkpoints/step-2"]
+    # 3i letters are asked, beside five tokens of the template and three of the answer
+    assert describe_data(tokenizer, train, held_out, tmp_path).split("\n") == [
+        "data: 10 rows → 10 examples, 245 tokens, of which 30 are targets",
+        f"--- an example, in words, {train.rows.files[0]}:1; what is trained is marked",
+        "<|user|>", "ABC", "<|assistant|>", "⟦DE</s>⟧", "---"]
+    lines = describe_run(14, 4, 2, 3, model, True, None).split("\n")
+    assert lines == ["eval: 2 of 3 held-out examples", "model: 0.0M parameters, 0.0M trained, on 1 x cpu",
+                     "steps: 4, of 14 examples, packed"]
+    assert describe_run(14, 4, 2, 3, model, False, Path("run/checkpoints/step-2")).split("\n") == [
+        *lines[:-1], "steps: 4, of 14 examples, padded", "resumed from run/checkpoints/step-2"]
 
 
 def test_where_nothing_is_held_out_a_line_says_what_would(started, group):
-    tokenizer, model, train, _ = started
-    lines = describe_run(tokenizer, train, 14, 4, 0, 0, model, True, None).split("\n")
+    _, model, *_ = started
+    lines = describe_run(14, 4, 0, 0, model, True, None).split("\n")
     assert [line for line in lines if "held" in line or line.startswith("eval")] == [
         "eval: nothing is held out; eval_fraction=0.05 would hold out a twentieth of the rows, eval_datasets=[FILE] a file"]
 
 
-def test_what_is_trained_is_counted_apart(started, group):
-    tokenizer, _, train, _ = started
+def test_what_is_trained_is_counted_apart(group):
     model = torch.nn.Sequential(torch.nn.Linear(2000, 2000, bias=False), torch.nn.Linear(1000, 300, bias=False))
     model[0].weight.requires_grad_(False)
-    assert "model: 4.3M parameters, 0.3M trained, on 1 x cpu\n" in describe_run(tokenizer, train, 1, 1, 0, 0, model, True, None)
+    assert "model: 4.3M parameters, 0.3M trained, on 1 x cpu\n" in describe_run(1, 1, 0, 0, model, True, None)
+
+
+# A thought, between Y and Z, is written in the last answer alone; each capital and each role is a token
+FORGETFUL = """\
+{%- for message in messages %}{{ '<|' + message.role + '|>' }}\
+{%- if message.reasoning_content and loop.last %}{{ 'Y' + message.reasoning_content + 'Z' }}{% endif %}{{ message.content }}\
+{%- if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}\
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+ASKED = {"role": "user", "content": "A"}
+ROWS = [
+    {"prompt": "A", "completion": "BB", "source": "x"},
+    {"prompt": "A", "completion": 5}, {"prompt": "A"}, {"prompt": "A", "completion": "B", "chosen": "C"},
+    {"prompt": "A", "completion": "B", "images": ["x"]}, {"prompt": "A"},
+    {"prompt": "A</s>", "completion": "B"}, {"prompt": "A", "completion": " "}, {"prompt": "A", "completion": ""},
+    {"messages": [ASKED, {"role": "assistant", "content": "B", "thinking": "CC"}, ASKED,
+                  {"role": "assistant", "content": "E", "thinking": "FF"}]},
+    {"text": "A" * 40},
+    {"prompt": "A", "completion": "B" * 40},
+    {"messages": [{"role": "assistant", "content": "A"}, ASKED, {"role": "assistant", "content": "C", "mood": "good"}]}]
+NO_SHAPE = ("the keys ['prompt'] fit no shape of row; known are messages, prompt + completion, instruction (+ input) + output, "
+            "conversations, text")
+
+
+def test_what_became_of_each_row_is_said_and_kept(started, group, tmp_path):
+    (tmp_path / "forgetful.jinja").write_text(FORGETFUL)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for name in ("notes.txt", "old.parquet"):
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "eval.csv").write_text("prompt,completion,id\nA,B,7\n")
+    tokenizer = load_tokenizer(started[0].name_or_path, "", chat_template=str(tmp_path / "forgetful.jinja"))
+    train, held_out, _ = load_examples(ChatEncoder(tokenizer, 24, 16), [str(tmp_path / "set")], [str(tmp_path / "eval.csv")],
+                                       0, False, 1, str(tmp_path), max_bad_rows=0.5)
+    file = str(tmp_path / "set/rows.jsonl")
+    # The tokens of the rows 1, 10 (an example, and another), 11 (two pieces), 12 (cut), 13, and then the targets
+    assert (6 + (9 + 14) + (24 + 19) + 24 + 5, 3 + 12 + (23 + 18) + 21 + 2) == (101, 79)
+    assert describe_data(tokenizer, train, held_out, tmp_path).replace(file, "FILE").split("\n") == [
+        "data: 13 rows → 7 examples, 101 tokens, of which 79 are targets",
+        "  an answer that the template writes otherwise once another follows is an example of its own: 1.1 times the tokens; "
+        "last_answer_only=true or a switch of the template (model.template_kwargs) may spare them",
+        "  split: 1 the template writes an answer otherwise once another follows (FILE:10); 1 a text is long (FILE:11)",
+        "  dropped: 2 nothing to train (FILE:8); 1 a text spells a control token (FILE:7)",
+        f"  bad: 2 {NO_SHAPE} (FILE:3); 1 completion must be a text, not 5 (FILE:2); "
+        "1 chosen can't be trained on: preferences are for dpo.py (FILE:4); and 1 more reasons",
+        "  too long: 1 examples; 20 tokens are dropped",
+        "  left out: 1 answers before the first question",
+        "  keys that nothing reads: messages[].mood, source",
+        "  files passed over: notes.txt, old.parquet",
+        "--- an example, in words, FILE:1; what is trained is marked", "<|user|>A<|assistant|>⟦BB</s>⟧", "---",
+        "--- an example, with a thought, FILE:10; what is trained is marked",
+        "<|user|>A<|assistant|>B</s><|user|>A<|assistant|>⟦YFFZE</s>⟧", "---",
+        "--- an example, a text, FILE:11; what is trained is marked", f"A⟦{'A' * 17}</s>⟧", "---"]
+
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert report["eval"] == {
+        "files": [str(tmp_path / "eval.csv")], "passed over": [],
+        "counts": {"rows": 1, "examples": 1, "tokens": 5, "tokens kept": 5, "targets": 2, "unread: id": 1, "shown: in words": 1},
+        "first": dict.fromkeys(["unread: id", "shown: in words"], str(tmp_path / "eval.csv") + ":2")}
+    bad = {NO_SHAPE: (2, 3), "completion must be a text, not 5": (1, 2),
+           "chosen can't be trained on: preferences are for dpo.py": (1, 4),
+           "images can't be trained on: only text is trained here": (1, 5)}
+    assert report["train"] == {
+        "files": [file], "passed over": [str(tmp_path / "set" / name) for name in ("notes.txt", "old.parquet")],
+        "counts": {
+            "rows": 13, "examples": 7, "tokens": 121, "tokens kept": 101, "tokens dropped": 20, "targets": 79,
+            "examples truncated": 1, "tokens more by splitting": 9, "answers before the first question, left out": 1,
+            "dropped: nothing to train": 2, "dropped: a text spells a control token": 1, "split: a text is long": 1,
+            "split: the template writes an answer otherwise once another follows": 1, "unread: source": 1,
+            "unread: messages[].mood": 1, "shown: in words": 3, "shown: with a thought": 1, "shown: a text": 1,
+            **{f"bad: {reason}": count for reason, (count, _) in bad.items()}},
+        "first": {
+            **{name: f"{file}:{line}" for name, line in {
+                "unread: source": 1, "shown: in words": 1, "dropped: a text spells a control token": 7,
+                "dropped: nothing to train": 8, "shown: with a thought": 10, "shown: a text": 11, "split: a text is long": 11,
+                "split: the template writes an answer otherwise once another follows": 10, "unread: messages[].mood": 13,
+                "answers before the first question, left out": 13}.items()},
+            **{f"bad: {reason}": f"{file}:{line}" for reason, (_, line) in bad.items()}}}
+
+
+def test_of_many_reasons_keys_and_files_the_first_are_said(started, group, tmp_path):
+    """The folder's one file of rows has twelve keys that nothing reads, and lies beside ten files without rows."""
+    rows = [{"prompt": "A", "completion": "B", **{f"key{i:02}": 1 for i in range(12)}}]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/rows.json").write_text(json.dumps(rows))
+    for i in range(10):
+        (tmp_path / f"set/{i}.txt").touch()
+    train, held_out, _ = load_examples(ChatEncoder(started[0], 24, 16), [str(tmp_path / "set")], [], 0, False, 1, str(tmp_path))
+    assert describe_data(started[0], train, held_out, tmp_path).split("\n")[1:3] == [
+        "  keys that nothing reads: key00, key01, key02, key03, key04, key05, key06, key07 and 4 more",
+        "  files passed over: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 6.txt, 7.txt and 2 more"]
 
 
 def test_an_example_s_targets_are_marked_in_green_or_in_brackets(started, monkeypatch):
@@ -259,10 +348,19 @@ def test_an_example_s_targets_are_marked_in_green_or_in_brackets(started, monkey
 
     tokenizer, *_ = started
     ids = np.array(tokenizer("ABCDEF", add_special_tokens=False)["input_ids"])
-    trained, begin, end = np.array([0, 1, 1, 0, 0, 1], bool), "--- an example; what is trained is marked\n", "\n---"
-    assert show_example(tokenizer, ids, trained) == f"{begin}A⟦BC⟧DE⟦F⟧{end}"
+    trained, begin, end = np.array([0, 1, 1, 0, 0, 1], bool), "--- an example, x.jsonl:3; what is trained is marked\n", "\n---"
+    assert show_example(tokenizer, ids, trained, "x.jsonl:3") == f"{begin}A⟦BC⟧DE⟦F⟧{end}"
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert show_example(tokenizer, ids, trained) == f"{begin}A\033[32mBC\033[0mDE\033[32mF\033[0m{end}"
+    assert show_example(tokenizer, ids, trained, "x.jsonl:3") == f"{begin}A\033[32mBC\033[0mDE\033[32mF\033[0m{end}"
+
+
+@pytest.mark.parametrize("n_asked, n_answers, shown", [
+    (10, 1, "A" * 10 + "⟦B⟧"), (11, 1, "AAAAA […] AAAAA⟦B⟧"), (1, 3, "A⟦B⟧A⟦B⟧A⟦B⟧"), (1, 4, "A⟦B⟧A […] ⟦B⟧A⟦B⟧")])
+def test_of_a_long_example_the_middle_is_left_out(started, n_asked, n_answers, shown):
+    tokenizer, *_ = started
+    ids = np.array(tokenizer(("A" * n_asked + "B") * n_answers, add_special_tokens=False)["input_ids"])
+    trained = ids == tokenizer.convert_tokens_to_ids("B")
+    assert show_example(tokenizer, ids, trained, "x", longest=10).split("\n")[1:] == [shown, "---"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sft
-from chat import ChatEncoder, list_files
+from chat import ChatEncoder
 from checkpoint import save_checkpoint, save_model, write_gathered
 from configs.base import load_config
 from data import IGNORE, SFTDataLoader, collate_packed, collate_padded, tokenise
@@ -38,6 +38,7 @@ from logps import target_logps
 from lora import LoRALinear, add_lora, draw_kept, load_adapter, merge_in_place, merge_lora, save_adapter
 from make_tiny import make_rows, train_tokenizer
 from model_utils import enable_packing, load_model, load_tokenizer
+from rows import list_files
 from sft import get_batch_metrics, make_optimizer
 
 VOCABULARY = 128
@@ -651,6 +652,9 @@ def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(capsys):
 
 
 CHANGES = {"llama": {}, "tied": {"tie_word_embeddings": True}, "phi": {}, "gpt_neox": {}, "qwen2": {"tie_word_embeddings": True}}
+CHATML = """\
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}\
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 N_NEW = 5  # tokens that the tokenizer has and the models in */new do not
 
 
@@ -661,6 +665,9 @@ def world(tmp_path_factory) -> Path:
     rows, _ = make_rows(24, 0)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train_tokenizer(rows, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"chat_template": CHATML, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(str(folder), str(folder))
     for kind, changes in CHANGES.items():
         for name, size in (("full", len(tokenizer)), ("new", len(tokenizer) - N_NEW)):
@@ -672,7 +679,7 @@ def world(tmp_path_factory) -> Path:
 
 def load_new(world: Path, kind: str, name: str = "new"):
     tokenizer = load_tokenizer(str(world), str(world))
-    return load_model(str(world / name / kind), None, tokenizer, tokenizer.eos_token_id, str(world))
+    return load_model(str(world / name / kind), None, tokenizer, [tokenizer.eos_token_id], str(world))
 
 
 def resized_for_peft(world: Path, kind: str):
@@ -784,7 +791,7 @@ def worker(folder: Path) -> None:
     rows = tokenise(list_files([str(folder / "train.jsonl")]), encoder, str(folder))
     for name, job in JOBS.items():
         dtype = getattr(torch, job.get("dtype", "float32"))
-        model = load_model(str(folder / job["base"]), None, tokenizer, encoder.stop_id, str(folder), dtype)
+        model = load_model(str(folder / job["base"]), None, tokenizer, encoder.stop_ids, str(folder), dtype)
         load_adapter(model, str(folder / name / "start"), 0.0, model.has_new_tokens)
         shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=job.get("checkpointing", False))
         named = dict(model.named_parameters())  # before a forward, which leaves the root's parameters gathered

@@ -4,6 +4,7 @@ Under torchrun this file is also the worker of its tests with two processes:
     torchrun --nproc_per_node=2 tests/test_model_utils.py FOLDER    # writes FOLDER/JOB.pt and what each rank has answered
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -32,13 +33,22 @@ from test_logps import (
     results,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTJForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from chat import ChatEncoder
+from configs.base import ModelConfig
 from data import collate_packed, collate_padded
 from fsdp_utils import ModelError, end_process, init_processes, make_mesh, shard_model
-from model_utils import document_attention, enable_packing, generate, load_model, load_tokenizer, load_weights
+from model_utils import (
+    check_targets,
+    document_attention,
+    enable_packing,
+    generate,
+    load_model,
+    load_tokenizer,
+    load_weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def alone():
 # Loading
 
 
-WORDS = ["user", "assistant", "q", "a", "\n", "<tool>"]
+WORDS = ["<|user|>", "<|assistant|>", "q", "a", "\n", "<tool>"]
 
 
 def make_tokenizer(folder: Path, adds_bos=False, **options):
@@ -69,18 +79,63 @@ def make_tokenizer(folder: Path, adds_bos=False, **options):
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_tokenizer_without_template_gets_chatml(tmp_path, adds_bos):
+def test_a_tokenizer_without_template_gets_a_plain_one_without_a_new_token(tmp_path, adds_bos):
     before, tokenizer = make_tokenizer(tmp_path, adds_bos), load_tokenizer(str(tmp_path), "")
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": True}]
-    ids, trained, _ = ChatEncoder(tokenizer, 64, 32)(messages)
-    pieces = ["<s>"] * adds_bos + ["<|im_start|>", "user", "\n", "q", "<|im_end|>", "\n",
-                                   "<|im_start|>", "assistant", "\n", "a", "<|im_end|>", "\n"]
-    assert tokenizer.convert_ids_to_tokens(ids) == pieces
-    assert [piece for piece, is_target in zip(pieces, trained) if is_target] == ["a", "<|im_end|>"]
-    assert tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False) == "".join(pieces[:-3])
-    assert [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")] == [len(before), len(before) + 1]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nq\nassistant\na\n"
-    assert {*before.all_special_tokens, "<|im_start|>", "<|im_end|>"} == set(tokenizer.all_special_tokens)
+    assert len(tokenizer) == len(before) == 9 and tokenizer.all_special_tokens == before.all_special_tokens
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    encoder = ChatEncoder(tokenizer, 64, 32)
+    columns, _, _ = encoder.encode_rows(0, Path("x"), 0, [(1, {"messages": 2 * messages})])
+    pieces = ["<s>"] * adds_bos + 2 * ["<|user|>", "\n", "q", "\n", "<|assistant|>", "\n", "a", "</s>", "\n"][:-1]
+    pieces.insert(8 + adds_bos, "\n")  # behind the first answer alone
+    assert tokenizer.convert_ids_to_tokens(columns["ids"].tolist()) == pieces
+    assert [piece for piece, is_target in zip(pieces, columns["trained"]) if is_target] == 2 * ["a", "</s>"]
+    assert encoder.stop_ids == [tokenizer.eos_token_id]
+    for own in (tokenizer, again := save_and_load(tokenizer, tmp_path / "FINAL")):
+        prompt = own.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        assert prompt == "<s>" * adds_bos + "<|user|>\nq\n<|assistant|>\n"
+        assert own.apply_chat_template(messages, tokenize=False) == prompt + "a</s>\n"
+    assert len(again) == 9
+
+
+def save_and_load(tokenizer, folder: Path):
+    """As transformers alone loads what a run has saved."""
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_own_pipeline_stops_where_the_plain_template_ends_an_answer(tmp_path):
+    make_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), "")
+    model = load_model("", NEW | {"num_hidden_layers": 1, "tie_word_embeddings": False}, tokenizer, [tokenizer.eos_token_id], "")
+    a, end = tokenizer.convert_tokens_to_ids(["a", "</s>"])
+    with torch.no_grad():  # what comes next follows from the last token alone: of a new line "a", of "a" the end, of that "q"
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        width = model.config.hidden_size
+        model.model.embed_tokens.weight.copy_(torch.eye(len(tokenizer), width))
+        follows = {tokenizer.convert_tokens_to_ids("\n"): a, a: end, end: tokenizer.convert_tokens_to_ids("q")}
+        model.lm_head.weight.zero_()
+        for before, after in follows.items():
+            model.lm_head.weight[after, before] = 5
+    model.save_pretrained(tmp_path / "FINAL")
+    tokenizer.save_pretrained(tmp_path / "FINAL")
+    answer = pipeline("text-generation", model=str(tmp_path / "FINAL"))([{"role": "user", "content": "q"}], max_new_tokens=8)
+    assert answer[0]["generated_text"][-1] == {"role": "assistant", "content": "a"}
+
+
+def test_a_template_s_file_goes_before_the_tokenizer_s_own(tmp_path):
+    make_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
+    (tmp_path / "mine.jinja").write_text("{{ 'é' + messages[0].content }}\n", encoding="utf-8")
+    tokenizer = load_tokenizer(str(tmp_path), "", chat_template=str(tmp_path / "mine.jinja"))
+    for own in (tokenizer, save_and_load(tokenizer, tmp_path / "FINAL")):
+        assert own.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False) == "éq"
+
+
+def test_a_tokenizer_with_neither_a_template_nor_an_end_is_told_of_the_key(tmp_path):
+    make_tokenizer(tmp_path, eos_token=None)
+    with pytest.raises(ModelError, match="neither a chat template nor an eos_token .* model.chat_template=FILE$"):
+        load_tokenizer(str(tmp_path), "")
 
 
 def test_a_tokenizer_keeps_its_template_and_pad_token(tmp_path):
@@ -91,24 +146,24 @@ def test_a_tokenizer_keeps_its_template_and_pad_token(tmp_path):
 
 @pytest.mark.parametrize("eos, pad", [("</s>", "</s>"), (None, "<unk>")])
 def test_pad_token_is_eos_or_else_the_first(tmp_path, eos, pad):
-    make_tokenizer(tmp_path, eos_token=eos)
+    make_tokenizer(tmp_path, eos_token=eos, chat_template="{{ messages[0].content }}")
     assert load_tokenizer(str(tmp_path), "").pad_token == pad
 
 
-def make_folder(folder: Path, dtype=torch.float32, eos=2, **changes):
-    """Writes a model and the tokenizer, of one token less than ChatML's; returns both as they are loaded by transformers."""
+def make_folder(folder: Path, dtype=torch.float32, eos=2, more_tokens=(), **changes):
+    """Writes a model and the tokenizer; returns both as they are loaded by transformers, and with more tokens."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL | {"vocab_size": 9} | changes), dtype=dtype)
     model.generation_config.eos_token_id = eos
     model.save_pretrained(folder)
     make_tokenizer(folder)
-    return model, load_tokenizer(str(folder), "")
+    return model, load_tokenizer(str(folder), "", more_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_is_loaded_in_fp32_with_rows_for_new_tokens(tmp_path, dtype, tied):
-    before, tokenizer = make_folder(tmp_path, dtype, tie_word_embeddings=tied)
-    model = load_model(str(tmp_path), None, tokenizer, None, "")
+    before, tokenizer = make_folder(tmp_path, dtype, more_tokens=["<|good|>", "<|bad|>"], tie_word_embeddings=tied)
+    model = load_model(str(tmp_path), None, tokenizer, [], "")
     assert (len(tokenizer), model.config.vocab_size, model.has_new_tokens) == (11, 11, True)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embeddings is head) == tied
@@ -121,17 +176,17 @@ def test_a_model_is_loaded_in_fp32_with_rows_for_new_tokens(tmp_path, dtype, tie
 
 
 def test_padded_embeddings_stay_as_they_are(tmp_path):
-    before, tokenizer = make_folder(tmp_path, vocab_size=16)
-    model = load_model(str(tmp_path), None, tokenizer, None, "", dtype=torch.bfloat16)
+    before, tokenizer = make_folder(tmp_path, more_tokens=["<|good|>"], vocab_size=16)
+    model = load_model(str(tmp_path), None, tokenizer, [], "", dtype=torch.bfloat16)
     assert not model.has_new_tokens and model.dtype == torch.bfloat16
     assert torch.equal(model.get_output_embeddings().weight, before.get_output_embeddings().weight.bfloat16())
 
 
-@pytest.mark.parametrize("eos, stop, stops", [
-    (2, 10, [2, 10]), (2, 2, [2]), ([2, 5], 3, [2, 3, 5]), (2, None, [2]), (None, 4, [4])])
-def test_the_stop_id_joins_those_of_the_model(tmp_path, eos, stop, stops):
+@pytest.mark.parametrize("eos, own, stops", [
+    (2, [10], [2, 10]), (2, [2], [2]), ([2, 5], [5, 3, 4], [2, 3, 4, 5]), (2, [], [2]), (None, [4], [4])])
+def test_the_stop_ids_join_those_of_the_model(tmp_path, eos, own, stops):
     _, tokenizer = make_folder(tmp_path, eos=eos, eos_token_id=eos)
-    generation = load_model(str(tmp_path), None, tokenizer, stop, "").generation_config
+    generation = load_model(str(tmp_path), None, tokenizer, own, "").generation_config
     assert (generation.eos_token_id, generation.pad_token_id) == (stops, tokenizer.pad_token_id)
 
 
@@ -142,7 +197,7 @@ def test_a_model_with_switched_off_sampling_settings_can_be_saved(tmp_path):
     theirs.generation_config.pad_token_id = 1  # it objects only to what has been changed, as we change the stop ids
     with pytest.raises(ValueError, match="temperature"):
         theirs.save_pretrained(tmp_path / "theirs")
-    load_model(str(tmp_path), None, tokenizer, None, "").save_pretrained(tmp_path / "ours")
+    load_model(str(tmp_path), None, tokenizer, [], "").save_pretrained(tmp_path / "ours")
 
 
 NEW = {"model_type": "llama"} | {key: SMALL[key] for key in SMALL if key != "vocab_size" and not key.endswith("token_id")}
@@ -154,16 +209,16 @@ def test_random_init_is_a_new_model_of_the_tokenizers_vocabulary(tmp_path):
     loaded = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        loaded.append(load_model("not/read", NEW, tokenizer, 10, "").state_dict())
+        loaded.append(load_model("not/read", NEW, tokenizer, [10], "").state_dict())
     torch.testing.assert_close(loaded[0], loaded[1], rtol=0, atol=0)
     assert not torch.equal(loaded[0]["lm_head.weight"], loaded[2]["lm_head.weight"])
-    model = load_model("not/read", NEW, tokenizer, 10, "")
+    model = load_model("not/read", NEW, tokenizer, [10], "")
     assert {key: getattr(model.config, key) for key in NEW} == NEW
     assert model.config.vocab_size == len(tokenizer) and model.dtype == torch.float32
     assert (model.config.bos_token_id, model.config.pad_token_id) == (tokenizer.bos_token_id, tokenizer.pad_token_id)
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 10]
-    assert load_model("", NEW | {"vocab_size": 64}, tokenizer, None, "").get_input_embeddings().num_embeddings == 64
-    assert load_model("", NEW | {"vocab_size": 4}, tokenizer, None, "").get_input_embeddings().num_embeddings == len(tokenizer)
+    assert load_model("", NEW | {"vocab_size": 64}, tokenizer, [], "").get_input_embeddings().num_embeddings == 64
+    assert load_model("", NEW | {"vocab_size": 4}, tokenizer, [], "").get_input_embeddings().num_embeddings == len(tokenizer)
 
 
 WRONG = {"no type": ("model_type", None), "unknown type": ("model_type", "llama7"), "no language model": ("model_type", "vit"),
@@ -177,7 +232,7 @@ def test_a_wrong_random_init_is_one_line(tmp_path, wrong):
     key, value = WRONG[wrong]
     random_init = {name: each for name, each in (NEW | {key: value}).items() if each is not None}
     with pytest.raises(ModelError, match="model.random_init") as raised:
-        load_model("", random_init, load_tokenizer(str(tmp_path), ""), None, "")
+        load_model("", random_init, load_tokenizer(str(tmp_path), ""), [], "")
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
@@ -186,7 +241,7 @@ def test_the_softcap_of_gemma_2_s_scores_is_in_the_loaded_model(tmp_path):
     model, ids = make_model("gemma2", vocab_size=256), torch.arange(24)[None]
     model.save_pretrained(tmp_path / "model")
     path = str(tmp_path / "model")
-    loaded = load_model(path, None, load_tokenizer(path, ""), None, "").eval()
+    loaded = load_model(path, None, load_tokenizer(path, ""), [], "").eval()
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
     loaded.config.attn_logit_softcapping = None
     for layer in loaded.model.layers:
@@ -226,7 +281,7 @@ def test_a_folder_that_holds_no_model_is_named_in_one_line(tmp_path, broken):
     _, tokenizer = make_folder(tmp_path / "model")
     BROKEN[broken](tmp_path / "model")
     with pytest.raises(ModelError, match=re.escape(str(tmp_path / "model"))) as raised:
-        load_model(str(tmp_path / "model"), None, tokenizer, None, str(tmp_path / "cache"))
+        load_model(str(tmp_path / "model"), None, tokenizer, [], str(tmp_path / "cache"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "model" / "was run").exists()
 
@@ -239,6 +294,30 @@ def test_a_folder_that_holds_no_tokenizer_is_named_in_one_line(tmp_path, broken)
         load_tokenizer(str(tmp_path / "model"), str(tmp_path / "cache"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "model" / "was run").exists()
+
+
+ADAPTED = dataclasses.asdict(ModelConfig(use_peft=True))
+
+
+@pytest.mark.parametrize("target", ["q_proj", "all-linear", ["k_proj", "layers.1.mlp.up_proj"]])
+def test_lora_targets_that_the_model_has_are_taken_by_its_configuration_alone(tmp_path, target):
+    make_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    check_targets(ADAPTED | {"name_or_path": str(tmp_path / "model"), "peft": ADAPTED["peft"] | {"target_modules": target}}, "")
+
+
+def test_a_wrong_lora_target_is_found_in_the_model_that_is_trained(tmp_path):
+    make_folder(tmp_path / "model")
+    make_model("phi3").save_pretrained(tmp_path / "other")  # it has a qkv_proj, and no q_proj
+    wrong = ADAPTED | {"name_or_path": str(tmp_path / "model"), "peft": ADAPTED["peft"] | {"target_modules": ["qkv_proj"]}}
+    with pytest.raises(ModelError, match="no linear layer is named 'qkv_proj'; there are down_proj, .*q_proj, .*v_proj$"):
+        check_targets(wrong, "")
+    check_targets(wrong | {"load_from": str(tmp_path / "other")}, "")
+    for change in ({"use_peft": False}, {"load_lora_from": "its/own"}, {"random_init": {"model_type": "phi3"}}):
+        check_targets(wrong | change, "")
+    with pytest.raises(ModelError, match="nowhere: no causal language model can be loaded: .") as raised:
+        check_targets(wrong | {"name_or_path": str(tmp_path / "nowhere")}, "")
+    assert "\n" not in str(raised.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +344,7 @@ def test_slices_are_the_weights_in_the_files(alone, tmp_path, written, read, tie
     before, tokenizer = make_slices(tmp_path, written, tied, size)
     files = {file.name for file in tmp_path.glob("*.safetensors")}
     assert len(files) == n_files or n_files is None and len(files) > 2
-    model = load_model(str(tmp_path), None, tokenizer, None, "", read, sliced=True)
+    model = load_model(str(tmp_path), None, tokenizer, [], "", read, sliced=True)
     assert {Path(file).name for file, _ in model.weight_files.values()} == files
     assert all(parameter.is_meta for parameter in model.parameters() if parameter.ndim > 1)
     shard_model(model, make_mesh(CPU), dtype=read)
@@ -280,7 +359,7 @@ def test_slices_are_the_weights_in_the_files(alone, tmp_path, written, read, tie
 
 def test_frozen_slices_alone_are_read_where_a_checkpoint_has_the_others(alone, tmp_path):
     before, tokenizer = make_slices(tmp_path)
-    model = load_model(str(tmp_path), None, tokenizer, None, "", sliced=True)
+    model = load_model(str(tmp_path), None, tokenizer, [], "", sliced=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("k_proj" in name or "embed_tokens" in name)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -299,7 +378,7 @@ def test_files_that_are_not_the_model_s_are_not_read(alone, tmp_path):
     others = {name: torch.zeros_like(tensor) for name, tensor in before.state_dict().items()}
     for name in ("consolidated", "model-00000-of-00001", "model.fp16", "zeros"):
         save_file(others, tmp_path / f"{name}.safetensors")
-    model = load_model(str(tmp_path), None, tokenizer, None, "", sliced=True)
+    model = load_model(str(tmp_path), None, tokenizer, [], "", sliced=True)
     shard_model(model, make_mesh(CPU))
     load_weights(model)
     torch.testing.assert_close(whole(model), dict(before.state_dict()), rtol=0, atol=0)
@@ -316,7 +395,7 @@ def test_weights_that_are_not_the_model_s_are_named(tmp_path, change, said):
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=said):
-        load_model(str(tmp_path / "model"), None, load_tokenizer(str(tmp_path / "model"), ""), None, "", sliced=True)
+        load_model(str(tmp_path / "model"), None, load_tokenizer(str(tmp_path / "model"), ""), [], "", sliced=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +681,7 @@ def worker(folder: Path) -> None:
         dist.all_gather_object(everyone, logps.detach())
         if rank == 0:
             torch.save((torch.cat(everyone), grads), folder / f"{name}.pt")
-    model = load_model(str(folder / "model"), None, load_tokenizer(str(folder / "model"), ""), None, "", sliced=True)
+    model = load_model(str(folder / "model"), None, load_tokenizer(str(folder / "model"), ""), [], "", sliced=True)
     shard_model(model, mesh, "target_logps")
     load_weights(model)
     loaded = whole(model)

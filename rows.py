@@ -1,0 +1,379 @@
+"""Files → rows → conversations: what people's rows are called, in one table of aliases.
+
+A file is .jsonl (a row a line), .json (a list of rows, one row, or in truth a row a line) or .csv (with a header), each also
+with .gz behind it. What a row is, its keys say; it is one of
+    messages       {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}, or that list
+    an exchange    {"instruction": "...", "input": "...", "output": "..."}, or by other names {"prompt": ..., "completion": ...}
+    a text         {"text": "..."}, of which every token is trained
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data import DataError
+
+# Each list of a row's keys that mean the same, which a row may have one of
+MESSAGES = ("messages", "conversations", "conversation")
+QUESTION = ("instruction", "question", "query", "prompt", "inputs")
+INPUT = ("input", "context")
+ANSWER = ("output", "response", "answer", "completion", "targets")
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+# and of a message's
+ROLE, CONTENT, THOUGHT = ("role", "from"), ("content", "value", "text"), ("reasoning_content", "reasoning", "thinking")
+ARGUMENTS = ("arguments", "parameters")  # of a call
+ROLES = {**{role: role for role in ("system", "developer", "user", "assistant", "tool", "function_call", "tool_call")},
+         **dict.fromkeys(("human", "prompter"), "user"), **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+         **dict.fromkeys(("function", "observation", "ipython", "function_response", "tool_response"), "tool")}
+TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
+# What is no mere note, but would be lost where it is not read
+OTHER_MEANINGS = {
+    **dict.fromkeys(("chosen", "rejected"), "preferences are for dpo.py"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained here"),
+    **dict.fromkeys(("label", "kto_tag"), "judged answers are for KTO, not for supervised training"),
+    "loss_weight": "an answer is trained or not: weight 1 or 0, or train true or false, in its message"}
+
+
+class Conversation(NamedTuple):
+    """What a row says. A message is {"role", "content": text, "train": bool} and, where the row has them, reasoning_content
+    (text), tool_calls ([{"type", "id", "function": {"name", "arguments"}}]), tool_call_id and name."""
+
+    messages: list[dict]
+    tools: list[dict]  # {"type": "function", "function": {"name", ...}} each
+    text: str | None  # of a row that is a text; it has no messages then
+    unread: set[str]  # keys that mean nothing here
+    n_left_out: int  # answers before the first question
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files → rows
+
+SUFFIXES = (".jsonl", ".json", ".csv")
+NAMES = "a .jsonl, .json or .csv file, or one of them with .gz behind it"
+
+
+def kind_of(file: Path) -> str:
+    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+
+
+def list_files(paths: list[str]) -> list[Path]:
+    """Returns the files of rows that the paths name; a folder stands for all those below it, sorted. Raises DataError."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if kind_of(file) in SUFFIXES and not file.is_dir()]
+            if not found:
+                raise DataError(f"{path}: this folder does not hold {NAMES}")
+            files += found
+        else:
+            if path.exists() and kind_of(path) not in SUFFIXES:
+                raise DataError(f"{path}: not {NAMES}")
+            files.append(path)
+    for file in files:
+        if not file.exists():
+            raise DataError(f"{file}: no such file")
+        if not file.is_file():
+            raise DataError(f"{file}: not a regular file, but a pipe or a device, which can't be read twice")
+    return files
+
+
+def passed_over(paths: list[str]) -> list[Path]:
+    """Returns the files below the folders among the paths that list_files leaves out."""
+    return [file for path in map(Path, paths) if path.is_dir() for file in sorted(path.rglob("*"))
+            if file.is_file() and kind_of(file) not in SUFFIXES]
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, object]]:
+    """Yields (line number, row). Raises DataError where the file is damaged."""
+    line, kind, table = 1, kind_of(file), None
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+            if kind == ".json":
+                yield from read_values(stream.read().decode("utf-8-sig"))
+                return
+            if kind == ".csv":
+                csv.field_size_limit(sys.maxsize)
+                table = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+                header, line = next(filter(None, table), []), table.line_num + 1
+                for cells in table:
+                    if len(cells) > len(header):
+                        raise csv.Error("more cells than the header has")
+                    if cells:  # no blank line
+                        yield line, {key: cell for key, cell in zip(header, cells) if cell or key in ANSWER}
+                    line = table.line_num + 1
+                return
+            for line, raw in enumerate(stream, 1):  # noqa: B007 (the except clauses name it)
+                if text := raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip():
+                    yield line, parse(json.loads, text)
+    except UnicodeDecodeError as error:
+        line = (table.line_num + 1 if table else line) + error.object.count(b"\n", 0, error.start)
+        raise DataError(f"{file}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        line = error.lineno if kind == ".json" else line
+        raise DataError(f"{file}:{line}: not valid JSON at column {error.colno}: {error.msg}") from error
+    except csv.Error as error:
+        raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_values(text: str) -> Iterator[tuple[int, object]]:
+    """Yields (line number, row) of a list of rows, one at a time, so that each can be named by its line; or of rows without a
+    list around them. A list of which each is a message is one row."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    position, line, counted = space.match(text).end(), 1, 0
+    opened = text[position:position + 1] == "["
+    if opened:
+        first = space.match(text, position + 1).end()
+        opened = text[first:first + 1] != "{" or not is_message(parse(decode, text, first)[0])
+        position = first if opened else position
+    while position < len(text) and not (opened and text[position] == "]"):
+        line, counted = line + text.count("\n", counted, position), position
+        row, position = parse(decode, text, position)
+        yield line, row
+        position = space.match(text, position).end()
+        if opened and text[position:position + 1] == ",":
+            position = space.match(text, position + 1).end()
+        elif opened and text[position:position + 1] != "]":
+            raise json.JSONDecodeError("expected ',' or ']' after a row", text, position)
+    if opened and text[position:position + 1] != "]":
+        raise json.JSONDecodeError("expected ']' at the end of the list of rows", text, position)
+    if opened and text[position + 1:].strip():
+        raise json.JSONDecodeError("text after the list of rows", text, position + 1)
+
+
+def is_message(value: dict) -> bool:
+    """Whether this is a message and not a row."""
+    roles = [value[key] for key in ROLE if isinstance(value.get(key), str)]
+    return any(role in ROLES for role in roles) and not any(key in value for key in MESSAGES + ANSWER)
+
+
+def parse(decode, text: str, *position: int):
+    """Returns decode(text, *position); whatever else stops the decoder is raised as a JSONDecodeError too."""
+    try:
+        return decode(text, *position)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise json.JSONDecodeError(str(error), text, *(position or [0])) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows → conversations. All raise ValueError, which names the key.
+
+
+def to_conversation(row: object, answered: bool = True) -> Conversation:
+    """Returns what the row says; unless it must be `answered`, the answer to its last question may be missing."""
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, not {shown(row)}")
+    rest = {key: value for key, value in row.items() if value is not None}
+    rest.pop("skill", None)  # by which answers are scored: chat.read_questions
+    refuse_other_meanings(rest)
+    asks = [key for key in QUESTION + INPUT if key in rest]
+    shapes = {"messages": any(key in rest for key in MESSAGES),
+              "exchange": asks and (any(key in rest for key in ANSWER) or not answered and not any(map(rest.get, MESSAGES)))}
+    shape = [name for name, fits in shapes.items() if fits] or ["text"] * ("text" in rest)
+    if len(shape) != 1:
+        raise ValueError(f"the keys {sorted(row)} fit {'no' if not shape else 'more than one'} shape of row; known are messages, "
+                         "prompt + completion, instruction (+ input) + output, conversations, text")
+    if shape == ["text"]:
+        return Conversation([], [], as_text(rest.pop("text"), "text"), set(rest), 0)
+
+    unread, system = set(), take(rest, SYSTEM)
+    if shape == ["messages"]:
+        key = next(key for key in MESSAGES if key in rest)
+        messages = as_messages(take(rest, MESSAGES), key, unread)
+    else:
+        messages = as_exchange(rest, unread, answered)
+    if system:
+        messages.insert(0, {"role": "system", "content": as_text(system, "system"), "train": False})
+    tools = as_tools(take(rest, TOOLS))
+    name_calls(messages)
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    before = [message for message in messages[:first] if message["role"] in ("system", "developer")]
+    n_left_out = sum(message["role"] == "assistant" for message in messages[:first])
+    return Conversation(before + messages[first:], tools, None, unread | set(rest), n_left_out)
+
+
+def take(rest: dict, names: tuple[str, ...], default=None):
+    """Takes out of a row or a message what stands there under one of the names."""
+    present = [name for name in names if name in rest]
+    if len(present) > 1:
+        raise ValueError(f"{present[0]} and {present[1]} mean the same; only one of them can be read")
+    return rest.pop(present[0]) if present else default
+
+
+def refuse_other_meanings(rest: dict, where: str = "") -> None:
+    for key in [key for key in rest if key in OTHER_MEANINGS]:
+        if rest[key] not in ([], "", {}):
+            raise ValueError(f"{where}{key} can't be trained on: {OTHER_MEANINGS[key]}")
+        del rest[key]  # a column that this row has nothing in
+
+
+def as_exchange(rest: dict, unread: set[str], answered: bool) -> list[dict]:
+    question_key, input_key, answer_key = [next((key for key in names if key in rest), "") for names in (QUESTION, INPUT, ANSWER)]
+    question, more, answer = take(rest, QUESTION), take(rest, INPUT), take(rest, ANSWER)
+    history = from_json(rest.pop("history", None) or [], "history")
+    if not isinstance(history, list):
+        raise ValueError(f"history must be a list of [question, answer], not {shown(history)}")
+    if isinstance(question, list):
+        messages = as_messages(question, question_key, unread)
+    else:
+        parts = [as_text(part, key) for part, key in ((question, question_key), (more, input_key)) if part is not None]
+        messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))}]
+    for i, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise ValueError(f"history[{i}] must be [question, answer], not {shown(turn)}")
+    past = [{"role": role, "content": as_text(text, f"history[{i}]")}
+            for i, turn in enumerate(history) for role, text in zip(("user", "assistant"), turn)]
+    messages = [{**message, "train": False} for message in past + messages]
+    if not answer_key:
+        return messages
+    if isinstance(answer, (list, dict)):
+        return messages + as_messages(answer if isinstance(answer, list) else [answer], answer_key, unread)
+    return [*messages, {"role": "assistant", "content": as_text(answer, answer_key), "train": True}]
+
+
+def as_messages(value: object, key: str, unread: set[str]) -> list[dict]:
+    value = from_json(value, key)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key} must be a list of messages and not be empty")
+    return [as_message(message, f"{key}[{i}]", unread) for i, message in enumerate(value)]
+
+
+def as_message(message: object, where: str, unread: set[str]) -> dict:
+    rest = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    if not any(key in rest for key in ROLE):
+        raise ValueError(f'{where} must be {{"role": ..., "content": ...}}')
+    refuse_other_meanings(rest, f"{where}.")
+    role = take(rest, ROLE)
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{where}.role is {shown(role)}; known are {', '.join(ROLES)}")
+    role, content, thought = ROLES[role], take(rest, CONTENT), take(rest, THOUGHT)
+    result = {"role": "assistant" if role.endswith("_call") else role, "content": "", "train": is_trained(rest, where)}
+    calls = rest.pop("tool_calls", None) or [rest.pop("function_call", None)]
+    if role.endswith("_call"):
+        calls, content = from_json(content, f"{where}.content"), ""
+    if calls := [call for call in (calls if isinstance(calls, list) else [calls]) if call]:
+        result["tool_calls"] = [as_call(call, f"{where}.tool_calls[{i}]", unread) for i, call in enumerate(calls)]
+    if isinstance(content, list):
+        content, thought = join_parts(content, thought, f"{where}.content")
+    if role == "tool" and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)
+    if thought:
+        result["reasoning_content"] = as_text(thought, f"{where}.reasoning_content")
+    if content is not None or not (calls or thought):
+        result["content"] = as_text(content, f"{where}.content")
+    for key in ("tool_call_id", "name"):
+        if key in rest:
+            result[key] = as_text(rest.pop(key), f"{where}.{key}")
+    unread.update(f"{where.partition('[')[0]}[].{key}" for key in rest)
+    return result
+
+
+def is_trained(rest: dict, where: str) -> bool:
+    """Takes out of a message whether it is to be trained."""
+    trained = True
+    for key, yes, no in (("train", True, False), ("loss", True, False), ("weight", 1, 0)):
+        value = rest.pop(key, yes)
+        if value not in (yes, no) or isinstance(value, bool) != isinstance(yes, bool):
+            raise ValueError(f"{where}.{key} must be {'true or false' if yes is True else '1 or 0'}, not {shown(value)}")
+        trained = trained and value == yes
+    return trained
+
+
+def join_parts(parts: list, thought: object, where: str) -> tuple[str, object]:
+    """A content in parts → (its text, its thought)."""
+    texts, thoughts = [], []
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in TEXT_PARTS:
+            texts.append(as_text(part.get("text"), f"{where}[{i}].text"))
+        elif kind in THOUGHT_PARTS:
+            thoughts.append(as_text(part.get(kind), f"{where}[{i}].{kind}"))
+        else:
+            raise ValueError(f"{where}[{i}] is a part of type {shown(kind)}; only text can be read")
+    return "".join(texts), "".join(thoughts) or thought
+
+
+def as_call(call: object, where: str, unread: set[str]) -> dict:
+    """{"name", "arguments"}, alone or as a "function", its arguments an object or JSON text → OpenAI's form."""
+    call = from_json(call, where)
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f'{where} must be {{"function": {{"name": ..., "arguments": ...}}}}, not {shown(call)}')
+    check_characters(json.dumps(function, ensure_ascii=False), where)
+    rest = {key: value for key, value in function.items() if value is not None}
+    written = take(rest, ARGUMENTS) or {}
+    try:
+        arguments = from_json(written, where)
+    except ValueError:
+        arguments = written  # no JSON: it is what the model wrote
+    unread.update(f"{where.partition('[')[0]}[].tool_calls[].{key}" for key in rest if key not in ("name", "type", "id"))
+    result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {**result, "id": call["id"]} if isinstance(call.get("id"), str) else result
+
+
+def as_tools(value: object) -> list[dict]:
+    tools = from_json(value or [], "tools")
+    tools = [from_json(tool, f"tools[{i}]") for i, tool in enumerate(tools if isinstance(tools, list) else [tools])]
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ..., ...}}}}, not {shown(tool)}')
+        check_characters(json.dumps(function, ensure_ascii=False), f"tools[{i}]")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def name_calls(messages: list[dict]) -> None:
+    """Gives calls and results that have no id one each, in order; some templates write them, and take nine characters only."""
+    waiting, n_calls = [], 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            n_calls += 1
+            call.setdefault("id", f"call{n_calls:05}")
+            waiting.append(call)
+        if message["role"] == "tool" and waiting:
+            by_id = [call for call in waiting if call["id"] == message.get("tool_call_id")]
+            by_name = [call for call in waiting if call["function"]["name"] == message.get("name")]
+            call = [*by_id, *by_name, *waiting][0]
+            waiting.remove(call)
+            if "tool_call_id" not in message:
+                message |= {"tool_call_id": call["id"], "name": message.get("name", call["function"]["name"])}
+
+
+def from_json(value: object, where: str) -> object:
+    """Returns what the value says if it is JSON text, as in columns of a table, or else the value."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse(json.loads, value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} must be JSON, not {shown(value)}") from error
+
+
+def as_text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a text, not {shown(value)}")
+    check_characters(value, where)
+    return value
+
+
+def check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}): not a character") from error
+
+
+def shown(value: object) -> str:
+    return json.dumps(value)[:40]
