@@ -87,7 +87,7 @@ def test_the_readme_shows_what_the_tiny_run_prints():
     questions = [{"prompt": row["prompt"], "expected": row["completion"], "skill": row["skill"]} for row in make_rows(0, 256)[1]]
     shown = README.split("--- held-out prompts")[1].split("\n", 1)[1].split("```")[0]
     answers = [question["expected"] for question in questions]
-    _, expected = show_answers(questions, {0: [""] * 256, 542: answers}).split("\n", 1)
+    _, expected = show_answers(questions, {0: [""] * 256, 1083: answers}).split("\n", 1)
 
     def without_numbers(text: str) -> list[str]:
         before, after = text.split("--- exactly right")
