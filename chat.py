@@ -186,10 +186,11 @@ class ChatEncoder:
             context = self.template.render([*head, *messages[start:last]], tools, for_answer=True)
             return len(self.tokens(context + group[-1].target)) <= self.max_length
 
-        start = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
+        n_lost = bisect.bisect_left(starts, True, key=fits)
+        start = starts[min(n_lost, len(starts) - 1)]
         kept = [*head, *messages[start:last + 1]]
         indices = [answer.index - start + n_head for answer in group if answer.index >= start]
-        if start == starts[-1]:
+        if n_lost == len(starts):
             kept = self.shorten_question(kept, tools, n_head, indices)
         examples, n_tokens = [], len(encoded[0])
         for part in self.find_answers(kept, tools, indices):
@@ -199,7 +200,7 @@ class ChatEncoder:
         return examples
 
     def shorten_question(self, messages: list[dict], tools: list[dict], i: int, indices: list[int]) -> list[dict]:
-        """Cuts the beginning of messages[i], if all is too long, so that the first answer's prompt fits max_prompt_length."""
+        """Cuts the beginning of messages[i], if need be, so that the first answer's prompt fits max_prompt_length."""
         text = messages[i]["content"]
 
         def cut(n_kept: int) -> list[dict]:
@@ -209,8 +210,7 @@ class ChatEncoder:
             prompt = self.template.render(cut(n_kept)[:indices[0]], tools, for_answer=True)
             return len(self.tokens(prompt)) > self.max_prompt_length
 
-        context, target = self.template.pair(messages, tools, indices[-1])
-        if len(self.tokens(context + target)) <= self.max_length or not is_too_long(len(text)):
+        if not is_too_long(len(text)):
             return messages
         most = min(len(text), self.max_prompt_length * max(map(len, self.tokenizer.get_vocab())))
         return cut(max(0, bisect.bisect_left(range(most + 1), True, key=is_too_long) - 1))
@@ -388,7 +388,7 @@ def read_questions(encoder: ChatEncoder, rows: TokenisedRows, ids: Sequence[int]
             for i in wanted.get(number, ()):
                 tokens, trained = rows[i]
                 stop = np.flatnonzero(trained)[-1] + 1
-                start = stop - np.argmin(np.append(trained[:stop], False)[::-1][1:]) if not trained[:stop].all() else 0
+                start = np.flatnonzero(~trained[:stop])[-1] + 1  # the first token is never a target
                 asked = [message["content"] for message in to_conversation(row).messages[:rows.answers[i]]
                          if message["role"] == "user"]
                 questions[i] = {"prompt_ids": tokens[:start].tolist(), "prompt": asked[-1] if asked else "",

@@ -63,16 +63,20 @@ class TokenisedRows:
         is_next = (np.diff(self.file_of) != 0) | (np.diff(self.row_of) != 0)
         return np.cumsum(np.append([0], is_next))
 
+    def counted(self, kind: str) -> dict[str, int]:
+        """Returns what is counted under names that begin with "kind: ", without that, the most frequent first."""
+        counts = {name.removeprefix(f"{kind}: "): n for name, n in self.counts.items() if name.startswith(f"{kind}: ")}
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
     def check_bad_rows(self, most: float) -> None:
         """Raises DataError where more than this fraction of the rows is bad."""
-        reasons = {name.removeprefix("bad: "): count for name, count in self.counts.items() if name.startswith("bad: ")}
-        n_bad, n_rows = sum(reasons.values()), self.counts["rows"]
+        reasons, n_rows = self.counted("bad"), self.counts["rows"]
+        n_bad = sum(reasons.values())
         if n_bad > most * n_rows:
-            shown = sorted(reasons, key=lambda reason: -reasons[reason])[:8]
             lines = [f"{n_bad:,} of {n_rows:,} rows can't be used, more than max_bad_rows={most:g} of them:"]
             lines += [f"{self.place(f'bad: {reason}')}: {reason} ({n:,} row{'s' * (n > 1)})"
-                      for reason, n in ((reason, reasons[reason]) for reason in shown)]
-            lines += [f"and {len(reasons) - len(shown)} more reasons"] if len(reasons) > len(shown) else []
+                      for reason, n in islice(reasons.items(), 8)]
+            lines += [f"and {len(reasons) - 8} more reasons"] if len(reasons) > 8 else []
             raise DataError("\n".join(lines))
 
     def place(self, name: str) -> str:

@@ -216,19 +216,19 @@ def describe_data(tokenizer, train: Examples, held_out: Examples, run_dir: Path)
                      f"{counts['tokens'] / (counts['tokens'] - more):.2g} times the tokens; last_answer_only=true or a switch of "
                      "the template (model.template_kwargs) may spare them")
     for what in ("split", "dropped", "bad"):
-        named = [name for name, _ in counts.most_common() if name.startswith(f"{what}: ")]
-        told = [f"{counts[name]:,} {name.partition(': ')[2]} ({rows.place(name)})" for name in named[:3]]
-        told += [f"and {len(named) - 3} more reasons"] if len(named) > 3 else []
+        reasons = rows.counted(what)
+        told = [f"{n:,} {reason} ({rows.place(f'{what}: {reason}')})" for reason, n in itertools.islice(reasons.items(), 3)]
+        told += [f"and {len(reasons) - 3} more reasons"] if len(reasons) > 3 else []
         lines += [f"  {what}: {'; '.join(told)}"] if told else []
     if counts["examples truncated"]:
         lines.append(f"  too long: {counts['examples truncated']:,} examples; {counts['tokens dropped']:,} tokens are dropped")
     if left_out := counts["answers before the first question, left out"]:
         lines.append(f"  left out: {left_out:,} answers before the first question")
-    if held_out.rows is not rows and (lost := sum(count for name, count in held_out.rows.counts.items()
-                                                  if name.startswith(("bad: ", "dropped: ")))):
+    lost = sum(sum(held_out.rows.counted(what).values()) for what in ("bad", "dropped"))
+    if lost and held_out.rows is not rows:
         lines.append(f"  of the held-out rows {lost:,} are bad or dropped: {run_dir / 'data.json'}")
-    unread = [name.removeprefix("unread: ") for name in counts if name.startswith("unread: ")]
-    for what, names in (("keys that nothing reads", unread), ("files passed over", [file.name for file in rows.passed_over])):
+    passed_over = [file.name for file in rows.passed_over]
+    for what, names in (("keys that nothing reads", rows.counted("unread")), ("files passed over", passed_over)):
         if names:
             lines.append(f"  {what}: {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")
     return "\n".join([*lines, *show_examples(tokenizer, rows)])

@@ -73,9 +73,7 @@ def check_targets(settings: dict, cache_dir: str) -> None:
         return
     name_or_path = settings["load_from"] or settings["name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
-        with Unallocated():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = make_outline(name_or_path, cache_dir)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
     add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
@@ -152,13 +150,18 @@ class Unallocated(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
 
 
+def make_outline(name_or_path: str, cache_dir: str, dtype: torch.dtype = torch.float32):
+    """Returns the model that a configuration describes, without memory for its weights."""
+    config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+    with Unallocated():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
 def make_empty_model(name_or_path: str, cache_dir: str, dtype: torch.dtype, vocabulary: int):
     """Returns (model, {name: (file, name in it)} of its weights), the latter empty where they must be loaded by transformers:
     cut otherwise in the files than in the model, or with rows to be added for new tokens."""
     files = find_weights(name_or_path, cache_dir)
-    config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
-    with Unallocated():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    model = make_outline(name_or_path, cache_dir, dtype).eval()
     if cached_file(name_or_path, "generation_config.json", cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
     conversions = get_model_conversion_mapping(model)

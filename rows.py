@@ -190,8 +190,8 @@ def to_conversation(row: object, answered: bool = True) -> Conversation:
 
     unread, system = set(), take(rest, SYSTEM)
     if shape == ["messages"]:
-        key = next(key for key in MESSAGES if key in rest)
-        messages = as_messages(take(rest, MESSAGES), key, unread)
+        key, value = take_named(rest, MESSAGES)
+        messages = as_messages(value, key, unread)
     else:
         messages = as_exchange(rest, unread, answered)
     if system:
@@ -204,12 +204,16 @@ def to_conversation(row: object, answered: bool = True) -> Conversation:
     return Conversation(before + messages[first:], tools, None, unread | set(rest), n_left_out)
 
 
-def take(rest: dict, names: tuple[str, ...], default=None):
-    """Takes out of a row or a message what stands there under one of the names."""
+def take_named(rest: dict, names: tuple[str, ...]) -> tuple[str, object]:
+    """Takes out of a row or a message what stands there under one of the names: (its name, it), or ("", None)."""
     present = [name for name in names if name in rest]
     if len(present) > 1:
         raise ValueError(f"{present[0]} and {present[1]} mean the same; only one of them can be read")
-    return rest.pop(present[0]) if present else default
+    return (present[0], rest.pop(present[0])) if present else ("", None)
+
+
+def take(rest: dict, names: tuple[str, ...]) -> object:
+    return take_named(rest, names)[1]
 
 
 def refuse_other_meanings(rest: dict, where: str = "") -> None:
@@ -220,8 +224,8 @@ def refuse_other_meanings(rest: dict, where: str = "") -> None:
 
 
 def as_exchange(rest: dict, unread: set[str], answered: bool) -> list[dict]:
-    question_key, input_key, answer_key = [next((key for key in names if key in rest), "") for names in (QUESTION, INPUT, ANSWER)]
-    question, more, answer = take(rest, QUESTION), take(rest, INPUT), take(rest, ANSWER)
+    (question_key, question), (input_key, more), (answer_key, answer) = (
+        take_named(rest, names) for names in (QUESTION, INPUT, ANSWER))
     history = from_json(rest.pop("history", None) or [], "history")
     if not isinstance(history, list):
         raise ValueError(f"history must be a list of [question, answer], not {shown(history)}")
@@ -308,10 +312,7 @@ def join_parts(parts: list, thought: object, where: str) -> tuple[str, object]:
 def as_call(call: object, where: str, unread: set[str]) -> dict:
     """{"name", "arguments"}, alone or as a "function", its arguments an object or JSON text → OpenAI's form."""
     call = from_json(call, where)
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f'{where} must be {{"function": {{"name": ..., "arguments": ...}}}}, not {shown(call)}')
-    check_characters(json.dumps(function, ensure_ascii=False), where)
+    function = function_of(call, where, '{"function": {"name": ..., "arguments": ...}}')
     rest = {key: value for key, value in function.items() if value is not None}
     written = take(rest, ARGUMENTS) or {}
     try:
@@ -323,14 +324,20 @@ def as_call(call: object, where: str, unread: set[str]) -> dict:
     return {**result, "id": call["id"]} if isinstance(call.get("id"), str) else result
 
 
+def function_of(value: object, where: str, form: str) -> dict:
+    """Returns the function that a call or a tool names, which may stand alone."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{where} must be {form}, not {shown(value)}")
+    check_characters(json.dumps(function, ensure_ascii=False), where)
+    return function
+
+
 def as_tools(value: object) -> list[dict]:
     tools = from_json(value or [], "tools")
     tools = [from_json(tool, f"tools[{i}]") for i, tool in enumerate(tools if isinstance(tools, list) else [tools])]
     for i, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ..., ...}}}}, not {shown(tool)}')
-        check_characters(json.dumps(function, ensure_ascii=False), f"tools[{i}]")
+        function_of(tool, f"tools[{i}]", '{"type": "function", "function": {"name": ..., ...}}')
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 

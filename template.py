@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from rows import THOUGHT as THOUGHT_KEYS
+
 # Made-up words, which stand in no template
 QUESTION, ANSWER, THOUGHT, NEXT, NAME, KEY, VALUE = [
     f"zq{word}qz" for word in ("question", "answer", "thought", "next", "name", "key", "value")]
 SAID = (THOUGHT, ANSWER, NAME, KEY, VALUE)  # those of an answer
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 # What a thought stands between where it is part of the content; a template may have other tags of its own
 OPENER, CLOSER = "<think>", "</think>"
@@ -34,13 +35,6 @@ def assistant(text: str, **more) -> dict:
 
 def call(name: str, arguments: object) -> dict:
     return {"type": "function", "id": "call00001", "function": {"name": name, "arguments": arguments}}
-
-
-def call_in_text(call: dict) -> dict:
-    function = call["function"]
-    if isinstance(function["arguments"], str):
-        return call
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 TOOLS = [{"type": "function", "function": {"name": NAME, "description": NAME, "parameters": {
@@ -203,14 +197,13 @@ class ChatTemplate:
     def ending_of_call(self, tail: str, gap: str) -> Ending:
         """A call may be closed by a control token that ends nothing: the turn's end is what ends an answer in words, if it is
         there; else the last control token; else the first that a result behind the call brings."""
-        tokens = [*self.control.finditer(tail)]
-        words = tail[:tokens[0].start()] if tokens else tail  # they belong to the call
-        known = next((token for token in tokens if token[0] in self.known_ends), None)
-        if known or tokens:
-            later = next((token for token in self.control.finditer(gap) if token[0] in self.known_ends), None)
+        if tokens := [*self.control.finditer(tail)]:
+            begins = tokens[0].start()  # what stands before it belongs to the call
+            known, later = (next((token for token in self.control.finditer(text) if token[0] in self.known_ends), None)
+                            for text in (tail, gap))
             if not known and later and gap.startswith(tail):
-                return Ending(tail[len(words):], gap[len(words):later.end()])
-            return Ending(tail[len(words):], tail[len(words):(known or tokens[-1]).end()])
+                return Ending(tail[begins:], gap[begins:later.end()])
+            return Ending(tail[begins:], tail[begins:(known or tokens[-1]).end()])
         token = self.control.search(gap)
         if token:
             return Ending("", gap[len(tail):token.end()] if gap.startswith(tail) else token[0])
@@ -231,9 +224,16 @@ class ChatTemplate:
                 message["role"] = "system"
             if message["role"] == "assistant":
                 self.place_thought(message)
-            if self.arguments_as_text and "tool_calls" in message:
-                message["tool_calls"] = [call_in_text(each) for each in message["tool_calls"]]
+            if "tool_calls" in message:
+                message["tool_calls"] = [self.in_form(each) for each in message["tool_calls"]]
         return prepared
+
+    def in_form(self, call: dict) -> dict:
+        """The call with its arguments as the template takes them: an object, or where it fails on that, JSON text."""
+        function = call["function"]
+        if not self.arguments_as_text or isinstance(function["arguments"], str):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
     def fold_system(self, messages: list[dict]) -> list[dict]:
         """Puts a system message that the template would lose or refuse in front of the first question."""
@@ -254,7 +254,7 @@ class ChatTemplate:
     def split_thought(self, message: dict) -> tuple[str, str]:
         """A message's (thought or "", content without it)."""
         content = message["content"]
-        for key in (*THOUGHT_KEYS, self.thought_key):
+        for key in THOUGHT_KEYS:
             if message.get(key):
                 return message[key], content
         if match := self.in_content.match(content):
@@ -279,8 +279,7 @@ class ChatTemplate:
         for word, (role, has_content, n_calls) in zip(words, shape):
             message = {"role": role, "content": word if has_content else ""}
             if n_calls:
-                calls = [call(NAME, {KEY: VALUE})] * n_calls
-                message["tool_calls"] = [call_in_text(each) for each in calls] if self.arguments_as_text else calls
+                message["tool_calls"] = [self.in_form(call(NAME, {KEY: VALUE}))] * n_calls
             messages.append(message | ({"tool_call_id": "call00001", "name": NAME} if role == "tool" else {}))
         before = [len(shape), *(i for i, (role, *_) in enumerate(shape) if role == "assistant")]  # a habit may hide it from some
         contexts = (self.attempt(messages[:i], TOOLS if with_tools else [], for_answer=True) for i in before)
@@ -320,9 +319,8 @@ class ChatTemplate:
             if message.get(key):
                 message[key] = word
         if "tool_calls" in message:
-            message["tool_calls"] = [call(NAME, {KEY: VALUE}) | {"id": each.get("id")} for each in message["tool_calls"]]
-            if self.arguments_as_text:
-                message["tool_calls"] = [call_in_text(each) for each in message["tool_calls"]]
+            made_up = self.in_form(call(NAME, {KEY: VALUE}))
+            message["tool_calls"] = [made_up | {"id": each.get("id")} for each in message["tool_calls"]]
         return [*messages[:i], message]
 
     def locate(self, messages: list[dict], tools: list[dict], i: int, rendering: str, context: str) -> int:

@@ -22,8 +22,6 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-import jinja2
-
 ANY = ("", lambda value: True)
 ABOVE_0 = ("above 0", lambda value: value > 0)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
@@ -181,6 +179,7 @@ def missing_files(config: Config) -> list[str]:
             what = f"this folder holds no {files[0]}" if os.path.isdir(name) else "no such folder"
             errors.append(f"model.{key}={name}: {what}")
     if model.chat_template:
+        import jinja2
         try:
             with open(model.chat_template, encoding="utf-8") as file:  # transformers' own tag marks what it takes for an answer
                 text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", file.read())
