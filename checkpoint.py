@@ -1,29 +1,26 @@
-"""Whole or absent: what a run leaves on the disk, to go on from (checkpoints) and to use (FINAL); which of it may be resumed."""
+"""Whole or absent: the checkpoints that a run leaves on the disk, and which of them may be resumed."""
 
 import contextlib
 import datetime
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-from fsdp_utils import failing_together, gather_all, gather_in_parts, say
-from lora import merge_lora, save_adapter
+from fsdp_utils import failing_together, gather_all, say
 
 
 class CheckpointError(Exception):
@@ -290,67 +287,3 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Export: folders for transformers and PEFT
-
-
-def export_model(folder: Path, model, tokenizer, n_steps: int, metrics: dict, settings: dict, merged: bool = False,
-                 checkpoint: Path | None = None) -> None:
-    """Writes a folder for transformers and PEFT: the model, or of LoRA the adapter and if `merged` the model too, the tokenizer,
-    the last metrics, the run's settings, and the checkpoint, if it is of this step.
-
-    All ranks must call it; raises CheckpointError on all.
-    """
-    with written_whole(folder) as partial:
-        if settings["model"]["use_peft"]:
-            write_gathered(model, lambda parts: save_adapter(partial / "adapter", model, next(parts)), trained_only=True)
-        if merged or not settings["model"]["use_peft"]:
-            write_gathered(model, lambda parts: save_model(partial, model, (merge_lora(model, part) for part in parts)), 5e9)
-        if dist.get_rank() == 0:
-            tokenizer.save_pretrained(partial)
-            schedule = {"step": metrics["step"], "total_steps": n_steps, "warmup": settings["warmup"], "lr": settings["lr"]}
-            for file, content in {"metrics": metrics, "scheduler": schedule, "sft_config": settings}.items():
-                (partial / f"{file}.json").write_text(json.dumps(content, indent=2))
-            if checkpoint and step_of(checkpoint) == metrics["step"]:
-                shutil.copytree(checkpoint, partial / "checkpoint", copy_function=link_or_copy)
-
-
-def write_gathered(model: nn.Module, write: Callable[[Iterator[dict]], None], limit: float = math.inf,
-                   trained_only: bool = False) -> None:
-    """Calls write(gather_in_parts(...)) on rank 0. All ranks must call it; raises CheckpointError on all where it fails."""
-    parts = gather_in_parts(model, limit, trained_only)
-    with failing_together(CheckpointError):
-        try:
-            if dist.get_rank() == 0:
-                write(parts)
-        finally:
-            for _ in parts:  # gathering takes all ranks, also where rank 0 can't write
-                pass
-
-
-def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]]) -> None:
-    """Writes a state dict that comes in parts, tied weights once, as transformers does: safetensors and configurations."""
-    files = []
-    for part in parts:
-        model.save_pretrained(folder, state_dict=part, max_shard_size="10TB")
-        files.append((folder / "model.safetensors").rename(folder / f"part-{len(files)}.safetensors"))
-    if len(files) == 1:
-        files[0].rename(folder / "model.safetensors")
-        return
-    weight_map, total = {}, 0
-    for i, file in enumerate(files, 1):
-        file = file.rename(folder / f"model-{i:05}-of-{len(files):05}.safetensors")
-        total += file.stat().st_size
-        with safe_open(file, "pt") as tensors:
-            weight_map |= dict.fromkeys(tensors.keys(), file.name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)  # takes no room, and lasts when the source is deleted
-    except OSError:
-        shutil.copy2(source, target)

@@ -227,6 +227,20 @@ def split_rows(row_numbers: np.ndarray, eval_fraction: float, seed: int) -> tupl
     return np.flatnonzero(~held_out[row_numbers]), np.flatnonzero(held_out[row_numbers])
 
 
+def mix(ids: np.ndarray, file_weights: np.ndarray, file_of: np.ndarray, seed: int) -> np.ndarray:
+    """Returns the rows of an epoch, sorted: each of `ids` floor(weight) times, and a random fraction of them once more.
+
+    ids (n,) integer rows; file_weights (files,) above 0; file_of (all rows,) the file of each. Of a file with k of the ids
+    there are exactly floor(w) k + round((w - floor(w)) k). Which come once more follows from seed and file alone.
+    """
+    files, mixed = file_of[ids], []
+    for file, weight in enumerate(file_weights):
+        rows, whole = ids[files == file], math.floor(weight)
+        n_more = round((weight - whole) * len(rows))
+        mixed += [rows.repeat(whole), np.random.default_rng([seed, 0x313, file]).permutation(rows)[:n_more]]
+    return np.sort(np.concatenate(mixed))
+
+
 def pack(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
     """Assigns documents of these lengths to bins, none of more than `capacity` tokens unless a single document is.
 

@@ -59,20 +59,18 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def end_process(error: str | None = None) -> NoReturn:
-    """Ends this process, with code 0, or with an error's line and code 1; whatever is open for writing must be closed.
+def end_process(code: int = 0) -> NoReturn:
+    """Ends this process; whatever is open for writing must be closed.
 
     Python is not torn down: caches of FSDP2's and DTensor's keep gloo's threads beyond destroy_process_group, and a thread that
     lets go of its last collective's tensors just then aborts the process, once in hundreds of runs.
     """
-    if error:
-        print(error, file=sys.stderr)
-    else:
+    if code == 0:
         dist.destroy_process_group()
     atexit._run_exitfuncs()  # W&B's, logging's, multiprocessing's: all but the tearing down
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1 if error else 0)
+    os._exit(code)
 
 
 def say(*texts: str) -> None:

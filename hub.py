@@ -12,6 +12,7 @@ What is fetched is written once, to {cache_dir}/datasets/; delete the file there
 import difflib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+from configs.base import one_line
 
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")  # as in HALOs; to be tokens of the tokenizer, or else they are spelt out
 
@@ -193,15 +194,88 @@ def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, roo
         stamps = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
         name = f"{Path(entry).stem}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}"
         rows = raw_rows(entry, "parquet", "train", data_files=files)
-    elif os.sep in entry or "." in entry:
-        return entry  # meant as a path, of which chat.py says what is wrong
     else:
-        near = difflib.get_close_matches(entry, SOURCES, 1, cutoff=0)[0]
-        raise HubError(f"unknown data set {entry!r}, did you mean {near!r}? Known are {', '.join(SOURCES)}, hub:owner/name, "
-                       "and local files and folders")
+        refuse_unknown(entry)
+        return entry  # meant as a path, of which chat.py says what is wrong
     path = Path(cache_dir, "datasets", f"{name}.jsonl")
     write_once(path, rows)
     return str(path)
+
+
+def check_access(config) -> list[str]:
+    """Returns a line for whatever keeps a configuration's models and data sets from being had: no network, no access, no package.
+
+    Asked before anything is downloaded, and before torch is imported. What is on the disk already needs nothing.
+    """
+    model, errors, wanted = config.model, [], {}  # {(kind, repository): the key that may name a file or a folder instead}
+    if not (model.tokenizer_name_or_path and (model.load_from or model.random_init)):
+        wanted["model", model.name_or_path] = "model.name_or_path=FOLDER"
+    wanted.setdefault(("model", model.tokenizer_name_or_path), "model.tokenizer_name_or_path=FOLDER")
+    wanted = {(kind, name): instead for (kind, name), instead in wanted.items() if name and not os.path.isdir(name)}
+    for key in ("datasets", "eval_datasets"):
+        for entry in getattr(config, key):
+            try:
+                if repo := repository_of(parse_weight(entry)[0], config.cache_dir):
+                    wanted.setdefault(("dataset", repo), f"{key}=[FILE]")
+            except HubError as error:
+                errors.append(str(error))
+    if any(kind == "dataset" for kind, _ in wanted) and not importlib.util.find_spec("datasets"):
+        errors.append("data sets by name need the datasets package: pip install datasets; or have files, datasets=[FILE]")
+    problems = {}
+    for (kind, repo), instead in wanted.items():
+        if problem := access_problem(kind, repo, config.cache_dir):
+            problems.setdefault(problem, {})[repo] = instead
+    return errors + [f"{' and '.join(found)}: {problem}; or have it on the disk: {' '.join(dict.fromkeys(found.values()))}"
+                     for problem, found in problems.items()]
+
+
+def repository_of(name: str, cache_dir: str) -> str:
+    """Returns owner/name of the hub if that is where a data set is to come from, or "". Raises HubError for unknown names."""
+    if os.path.exists(name):
+        return ""
+    if name not in SOURCES and not name.startswith("hub:"):
+        return refuse_unknown(name)
+    repo = SOURCES[name].repo if name in SOURCES else name.removeprefix("hub:").partition(":")[0]
+    stem = name.removeprefix("hub:").replace("/", "--").replace(":", "-")
+    fetched = [*Path(cache_dir, "datasets").glob(f"{stem}-*.jsonl"), *Path(cache_dir, "datasets").glob(f"{stem}.jsonl")]
+    return "" if fetched or os.path.isdir(repo) else repo
+
+
+def refuse_unknown(name: str) -> str:
+    """Returns "" for what is meant as a path; raises HubError for what is meant as a name."""
+    if os.sep in name or "." in name:
+        return ""
+    near = difflib.get_close_matches(name, SOURCES, 1, cutoff=0)[0]
+    raise HubError(f"unknown data set {name!r}, did you mean {near!r}? Known are {', '.join(SOURCES)}, hub:owner/name, and local "
+                   "files and folders")
+
+
+def access_problem(kind: str, repo: str, cache_dir: str) -> str:
+    """Returns why a repository of the hub can't be read and what to do, or "" where it can."""
+    import huggingface_hub
+    from huggingface_hub import errors, utils
+    try:
+        file, cache = ("config.json", cache_dir) if kind == "model" else ("README.md", None)
+        if huggingface_hub.try_to_load_from_cache(repo, file, cache, repo_type=kind):
+            return ""
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            return "not in the cache, and HF_HUB_OFFLINE is set"
+        # As HfApi.auth_check does, which waits as long as the network pleases
+        answer = utils.get_session().get(f"{huggingface_hub.constants.ENDPOINT}/api/{kind}s/{repo}/auth-check",
+                                         headers=utils.build_hf_headers(), timeout=10)
+        utils.hf_raise_for_status(answer)
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+        return f"no access yet: accept its licence at {page}, then hf auth login"
+    except errors.RepositoryNotFoundError:
+        return "no such folder, and the hub shows none of this name: see to its spelling, or hf auth login if it is private"
+    except errors.HFValidationError:
+        return "no such folder, and no name as the hub's are"
+    except errors.HfHubHTTPError as error:
+        return f"the hub refuses: {one_line(error)}"
+    except Exception as error:  # the library that speaks to the network has errors of its own
+        return f"the hub can't be reached, is there a network? ({type(error).__name__})"
+    return ""
 
 
 def write_once(path: Path, rows: Iterator[dict]) -> None:
@@ -307,17 +381,3 @@ def parse_weight(entry: str) -> tuple[str, float]:
     if star and not (name and 0 < weight < math.inf):
         raise HubError(f"{entry!r}: the weight after * must be a number above 0, as in chats.jsonl*2 or shp*0.5")
     return (name, weight) if star else (entry, weight)
-
-
-def mix(ids: np.ndarray, file_weights: np.ndarray, file_of: np.ndarray, seed: int) -> np.ndarray:
-    """Returns the rows of an epoch, sorted: each of `ids` floor(weight) times, and a random fraction of them once more.
-
-    ids (n,) integer rows; file_weights (files,) above 0; file_of (all rows,) the file of each. Of a file with k of the ids
-    there are exactly floor(w) k + round((w - floor(w)) k). Which come once more follows from seed and file alone.
-    """
-    files, mixed = file_of[ids], []
-    for file, weight in enumerate(file_weights):
-        rows, whole = ids[files == file], math.floor(weight)
-        n_more = round((weight - whole) * len(rows))
-        mixed += [rows.repeat(whole), np.random.default_rng([seed, 0x313, file]).permutation(rows)[:n_more]]
-    return np.sort(np.concatenate(mixed))

@@ -53,6 +53,7 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {one_line(error)}") from error
     tokenizer.template_source = chat_template or name_or_path  # for messages
+    tokenizer.size_as_loaded, tokenizer.has_new_template = len(tokenizer), bool(chat_template) or not tokenizer.chat_template
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
@@ -88,7 +89,7 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
     If `sliced`, its weights are left to be read when it is sharded, from model.weight_files, {name: (safetensors file, name
     there)}, where the files hold each as the model does; that is empty where the weights are here already. Raises ModelError.
     """
-    weight_files = {}
+    weight_files, base_dtype = {}, None
     if random_init:
         model = make_new_model(random_init, tokenizer, dtype)
     else:
@@ -102,6 +103,7 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
                 for what, keys in (("missing", loaded["missing_keys"]), ("not this model's", loaded["unexpected_keys"])):
                     if keys:
                         raise ModelError(f"{name_or_path}: {len(keys)} weights are {what}, the first is {min(keys)}")
+                base_dtype = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False).dtype
         except ModelError:
             raise
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
@@ -125,7 +127,7 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
     if any(value is not None for value in (generation.temperature, generation.top_p, generation.top_k)):
         generation.do_sample = True  # transformers refuses to save sampling settings that are switched off
     model.target_logps = functools.partial(target_logps, model, fuse=fuse)
-    model.weight_files = weight_files
+    model.weight_files, model.base_dtype = weight_files, base_dtype
     model.own_attention = model.config._attn_implementation
     return model
 
@@ -162,7 +164,7 @@ def make_empty_model(name_or_path: str, cache_dir: str, dtype: torch.dtype, voca
     cut otherwise in the files than in the model, or with rows to be added for new tokens."""
     files = find_weights(name_or_path, cache_dir)
     model = make_outline(name_or_path, cache_dir, dtype).eval()
-    if cached_file(name_or_path, "generation_config.json", cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False):
+    if find_file(name_or_path, "generation_config.json", cache_dir):
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
     conversions = get_model_conversion_mapping(model)
     sources, fits = {}, True
@@ -191,9 +193,14 @@ def make_empty_model(name_or_path: str, cache_dir: str, dtype: torch.dtype, voca
     return model, {name: source for name, source in sources.items() if name in state and name not in tied}
 
 
+def find_file(name_or_path: str, file: str, cache_dir: str) -> str | None:
+    """Returns the path of a model's file, which is downloaded if need be; None where there is none."""
+    return cached_file(name_or_path, file, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+
+
 def find_weights(name_or_path: str, cache_dir: str) -> dict[str, str]:
     """Returns {name: safetensors file} of a model's weights, which are downloaded if need be; {} where there are none."""
-    find = functools.partial(cached_file, name_or_path, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    find = functools.partial(find_file, name_or_path, cache_dir=cache_dir)
     if index := find("model.safetensors.index.json"):
         weight_map = json.loads(Path(index).read_text())["weight_map"]
         paths = {file: find(file) for file in set(weight_map.values())}

@@ -229,6 +229,8 @@ def as_exchange(rest: dict, unread: set[str], answered: bool) -> list[dict]:
     history = from_json(rest.pop("history", None) or [], "history")
     if not isinstance(history, list):
         raise ValueError(f"history must be a list of [question, answer], not {shown(history)}")
+    if question is None and isinstance(more, list):
+        question_key, question, more = input_key, more, None
     if isinstance(question, list):
         messages = as_messages(question, question_key, unread)
     else:

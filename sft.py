@@ -1,18 +1,20 @@
 """Supervised fine-tuning of a Hugging Face causal language model: the schedule, the loss, the loop.
 
-    torchrun --nproc_per_node=4 sft.py --config configs/llama.py datasets=[chats.jsonl] exp_name=llama3-8B-sft
+    torchrun --nproc_per_node=4 sft.py --config configs/llama.py
     python sft.py --help    # every key of the configuration
 """
 
 from configs.base import Config, ModelConfig, changes, fail, one_line, read_command_line
+from hub import CONTROL_TOKENS, HubError, check_access
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
-    config = read_command_line()
+    config = read_command_line(check_access)
 
 import contextlib
 import dataclasses
 import math
 import os
+import traceback
 from pathlib import Path
 
 import torch
@@ -22,20 +24,10 @@ from torch import nn
 from tqdm import tqdm
 
 from chat import ChatEncoder, answer, load_examples, read_questions
-from checkpoint import (
-    CheckpointError,
-    caught_signals,
-    export_model,
-    find_start,
-    is_final,
-    load_checkpoint,
-    lock,
-    save_latest,
-    started,
-)
+from checkpoint import CheckpointError, caught_signals, find_start, is_final, load_checkpoint, lock, save_latest, started
 from data import IGNORE, DataError, SFTDataLoader, step_seed, to_device
+from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, say, shard_model
-from hub import CONTROL_TOKENS, HubError
 from log import Log, LogError, count_flops, describe_data, describe_run
 from logps import check_head
 from lora import add_lora, load_adapter
@@ -132,8 +124,9 @@ class Progress:
     skipped_steps: int = 0
     consecutive_skips: int = 0
 
-    def is_due(self, every: int, batch_size: int) -> bool:
-        """Whether the last step, or the start, has reached a multiple of `every` examples."""
+    def is_due(self, every: int | None, n_examples: int, batch_size: int) -> bool:
+        """Whether the last step, or the start, has reached a multiple of `every` examples, or of a tenth of the run's."""
+        every = every or max(batch_size, n_examples // 10)
         return self.counter // every > (self.counter - batch_size) // every
 
     def advance(self, n_examples: int, skipped: bool) -> None:
@@ -205,7 +198,7 @@ def main(config: Config) -> None:
     log, answers = Log(run_dir, latest, at.counter, n_examples, device, count_flops(model), settings), {}
     with contextlib.closing(log), caught_signals() as signals:
         while True:  # an evaluation stands at the top, so that start, middle, end and resume are one case
-            if at.step == n_steps or at.is_due(config.eval_every, config.model.batch_size):
+            if at.step == n_steps or at.is_due(config.eval_every, n_examples, config.model.batch_size):
                 with log.pause("evaluating"):
                     if len(eval_ids) and (at.step or config.do_first_eval):
                         log.add_evaluation(at.step, at.counter, eval_metrics(model, eval_loader, device))
@@ -235,7 +228,7 @@ def main(config: Config) -> None:
             at.advance(batch["n_examples"], skipped)
             log.add_step(at.step, at.counter, at.skipped_steps, lr, grad_norm, means, batch)
             check_skips(at, config.max_skipped_steps, latest, loader, batch["n_examples"])
-            if stop or at.step == n_steps or at.is_due(config.save_every, config.model.batch_size):
+            if stop or at.step == n_steps or at.is_due(config.save_every, n_examples, config.model.batch_size):
                 with log.pause("saving"):
                     state = vars(at) | {"config": settings, "data": data_id}
                     latest = save_latest(run_dir, state, model, optimizer, latest, config.keep_last, config.stop_if_save_fails)
@@ -252,9 +245,9 @@ if __name__ == "__main__":
         main(config)
     except (DataError, HubError, ModelError, CheckpointError, LogError, TrainingError) as error:
         fail(error, end_process)
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        end_process(f"sft.py: rank {os.environ.get('RANK', 0)}: another rank has ended, or has not answered for "
-                    f"{config.timeout_minutes} minutes: {one_line(error)[:200]}")
+    except Exception as error:
+        if not (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
+            fail(traceback.format_exc(), end_process, wait=0)
+        fail(f"rank {os.environ.get('RANK', 0)}: another rank has ended, or has not answered for {config.timeout_minutes} "
+             f"minutes: {one_line(error)[:200]}", end_process, wait=10)
     end_process()

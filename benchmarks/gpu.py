@@ -39,9 +39,10 @@ from logp_kernel import compare
 from safetensors.torch import load_file
 
 import sft
-from checkpoint import export_model, load_checkpoint, save_checkpoint, training_state
+from checkpoint import load_checkpoint, save_checkpoint, training_state
 from configs.base import Config, ModelConfig
 from data import SFTDataLoader, to_device
+from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, shard_model
 from log import count_flops, peak_flops, peak_memory
 from make_tiny import make_rows, train_tokenizer

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from common import describe_machine, print_table, resident
 
-from checkpoint import save_model, write_gathered
 from configs.base import ModelConfig
+from export import save_model, write_gathered
 from fsdp_utils import end_process, gather_all, init_processes, make_mesh, shard_model
 from model_utils import load_tokenizer, load_weights
 from sft import make_model

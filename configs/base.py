@@ -23,6 +23,7 @@ import typing
 from dataclasses import dataclass, field
 
 ANY = ("", lambda value: True)
+DTYPE = ("float32, bfloat16 or float16", lambda value: value in ("", "float32", "bfloat16", "float16"))
 ABOVE_0 = ("above 0", lambda value: value > 0)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -62,7 +63,7 @@ class ModelConfig:
     microbatch_tokens: int = knob(8192, ABOVE_0, FREE, "tokens a rank computes with at once, at most (or one row)")
     packing: bool = knob(True, ANY, FREE, "rows share a row of the batch, unseen by each other, instead of being padded")
     max_length: int = knob(2048, ABOVE_0, FIXED, "tokens per row; longer rows lose their oldest turns, then the answer's end")
-    max_prompt_length: int = knob(1024, ABOVE_0, FIXED, "tokens of prompt kept in a row that is still too long after that")
+    max_prompt_length: int | None = knob(None, ABOVE_0, FIXED, "of them, tokens of prompt kept in a row still too long; half")
     max_grad_norm: float = knob(1.0, ABOVE_0, FIXED, "the gradient's global norm is clipped to this")
     activation_checkpointing: bool = knob(False, ANY, FREE, "recompute each block in the backward: less memory, more compute")
     cpu_offload: bool = knob(False, ANY, FREE, "keep shards, gradients and optimizer in the host's memory")
@@ -97,13 +98,14 @@ class Config:
     weight_decay: float = knob(0.01, NOT_NEGATIVE, FIXED, "AdamW's, on matrices alone: not on norms and biases")
     beta1: float = knob(0.9, FRACTION, FIXED, "AdamW: decay of the mean gradient")
     beta2: float = knob(0.999, FRACTION, FIXED, "AdamW: decay of the mean squared gradient")
-    eps: float = knob(1e-5, ABOVE_0, FIXED, "AdamW: added to the root of the mean squared gradient")
-    eval_every: int = knob(20_000, ABOVE_0, FREE, "examples between evaluations; there is always one at the end")
+    eps: float = knob(1e-8, ABOVE_0, FIXED, "AdamW: added to the root of the mean squared gradient")
+    eval_every: int | None = knob(None, ABOVE_0, FREE, "examples between evaluations: a tenth of the run's; one at the end")
     n_eval_examples: int = knob(256, NOT_NEGATIVE, FREE, "held-out examples per evaluation")
     n_eval_answers: int = knob(0, NOT_NEGATIVE, FREE, "held-out prompts answered before and after, scored by exact match")
     do_first_eval: bool = knob(True, ANY, FREE, "evaluate before the first step")
+    export_dtype: str = knob("", DTYPE, FREE, "of FINAL's weights: float32, bfloat16 or float16; else that of the base's files")
     intermediate_checkpoints: bool = knob(False, ANY, FREE, "export the model at each evaluation (of LoRA, the adapter)")
-    save_every: int = knob(20_000, ABOVE_0, FREE, "examples between checkpoints to resume from; there is always one at the end")
+    save_every: int | None = knob(None, ABOVE_0, FREE, "examples between checkpoints: a tenth of the run's; one at the end")
     keep_last: int = knob(2, ABOVE_0, FREE, "checkpoints kept")
     stop_if_save_fails: bool = knob(True, ANY, FREE, "stop where a checkpoint can't be written, or else warn and go on")
     allow_changes: bool = knob(False, ANY, FREE, "resume though configuration or data changed in a way that alters the run")
@@ -144,7 +146,7 @@ def check(config: Config, world_size: int) -> list[str]:
     for key, (item, _) in knobs(Config):
         (text, holds), value = item.metadata["bounds"], get_key(config, key)
         require(value is None or holds(value), f"{key}={value} must be {text}")
-    require(model.max_prompt_length < model.max_length, f"model.max_prompt_length={model.max_prompt_length} must be "
+    require((model.max_prompt_length or 0) < model.max_length, f"model.max_prompt_length={model.max_prompt_length} must be "
             f"below model.max_length={model.max_length}, to leave room for an answer")
     microbatches = world_size * max(1, model.gradient_accumulation_steps)
     require(model.batch_size % microbatches == 0,
@@ -207,8 +209,11 @@ def changes(then: dict, now: Config) -> list[str]:
     return lines
 
 
-def load_config(argv: list[str], world_size: int) -> Config:
-    """`["--config", "configs/llama.py", "lr=1e-5", ...]` → a checked Config. Raises ConfigError with all that is wrong."""
+def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[Config], list[str]] | None = None) -> Config:
+    """`["--config", "configs/llama.py", "lr=1e-5", ...]` → a checked Config. Raises ConfigError with all that is wrong.
+
+    more_checks returns what else is wrong with it, one line each.
+    """
     path, overrides, rest = "", {}, list(argv)
     errors = []
     while rest:
@@ -237,7 +242,7 @@ def load_config(argv: list[str], world_size: int) -> Config:
     errors += [f"{path}: {line}" for line in wrong_types]
     for key, text in overrides.items():
         if key not in known:
-            errors.append(f"unknown key {key!r}{nearest(key, known)}")
+            errors.append(f"unknown key {key!r}{hint_of_halos(key) or nearest(key, known)}")
             continue
         try:
             value = parse(text, known[key][1])
@@ -247,29 +252,39 @@ def load_config(argv: list[str], world_size: int) -> Config:
         if not wrong_types:
             set_key(config, key, value)
     if not wrong_types:  # the checks of the values take the right types for granted
-        errors += check(config, world_size)
+        errors += check(config, world_size) + (more_checks(config) if more_checks else [])
     if errors:
         raise ConfigError("\n".join(errors))
+    config.model.max_prompt_length = config.model.max_prompt_length or config.model.max_length // 2
     return config
 
 
-def read_command_line() -> Config:
+def read_command_line(more_checks: typing.Callable[[Config], list[str]]) -> Config:
     """Returns what the script's arguments ask for, or ends the process: by --help, or with all that is wrong with them."""
     if {"--help", "-h"} & set(sys.argv):
         with contextlib.suppress(BrokenPipeError):
             print(usage(), flush=True)
         os._exit(0)  # Python itself would complain of the pipe that `head` has closed
     try:
-        return load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+        return load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), more_checks)
     except ConfigError as error:
         fail(error)
 
 
-def fail(error: Exception, end: typing.Callable[[str], typing.NoReturn] = sys.exit) -> typing.NoReturn:
-    """Ends this process with one line. The first rank of a machine says it, and torchrun ends the others, who find it too."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(60)
-    end(f"{os.path.basename(sys.argv[0])}: {error}")
+def fail(error: object, end: typing.Callable[[int], typing.NoReturn] = sys.exit, wait: float | None = None) -> typing.NoReturn:
+    """Ends this process with code 1 and the error's text as the last one on the screen: torchrun prints that of its file last.
+
+    wait   seconds in which another rank may speak first, whose end makes torchrun end this one too. By default the first of a
+           machine's ranks speaks for all, since all find the same.
+    """
+    time.sleep(60 * (os.environ.get("LOCAL_RANK", "0") != "0") if wait is None else wait)
+    text = f"{os.path.basename(sys.argv[0])}: {error}"
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(file, "w", encoding="utf-8") as out:
+            json.dump({"message": f"\n\n{text}", "timestamp": int(time.time())}, out)
+    else:
+        print(text, file=sys.stderr)
+    end(1)
 
 
 def usage() -> str:
@@ -307,6 +322,14 @@ def get_key(config, key: str):
 def set_key(config, key: str, value) -> None:
     *parents, name = key.split(".")
     setattr(get_key(config, ".".join(parents)) if parents else config, name, value)
+
+
+def hint_of_halos(key: str) -> str:
+    """Returns what a key of HALOs, from which many a command line comes, is called here; or "" if it is none."""
+    with open(os.path.join(os.path.dirname(__file__), "halos.json"), encoding="utf-8") as file:
+        names = json.load(file)
+    hint = names.get(key) or names.get(key.rpartition(".")[0] + ".")  # a whole group of keys has a dot behind it
+    return f": {hint}" if hint else ""
 
 
 def nearest(key: str, known: typing.Iterable[str]) -> str:

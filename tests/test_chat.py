@@ -28,9 +28,8 @@ import chat as chat_module
 import rows as rows_module
 import template as template_module
 from chat import ChatEncoder, load_examples, read_questions
-from data import CHUNK, DTYPES, IGNORE, DataError, SFTDataLoader, TokenisedRows, encode_files, split_rows, tokenise
+from data import CHUNK, DTYPES, IGNORE, DataError, SFTDataLoader, TokenisedRows, encode_files, mix, split_rows, tokenise
 from fsdp_utils import init_processes
-from hub import mix
 from log import describe_data
 from make_tiny import CAPITALS, DIGITS, make_rows, train_tokenizer
 from model_utils import load_tokenizer

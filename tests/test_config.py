@@ -1,6 +1,7 @@
 """The configuration: what a config file and the command line make of it, and what is said where they are wrong."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from configs.base import (
     ABOVE_0,
     ANY,
+    DTYPE,
     FIXED,
     FRACTION,
     FREE,
@@ -87,7 +89,7 @@ def test_the_contract_names_these_defaults():
         "model.max_grad_norm": 1.0, "model.use_peft": False, "model.peft.lora_r": 64, "model.peft.lora_alpha": 256,
         "model.peft.lora_dropout": 0.05, "model.peft.target_modules": "all-linear", "model.load_from": "",
         "model.from_checkpoint": "", "model.load_lora_from": "", "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999,
-        "eps": 1e-5, "warmup": 0.10, "seed": 1, "n_eval_examples": 256, "do_first_eval": True, "wandb.enabled": False,
+        "eps": 1e-8, "warmup": 0.10, "seed": 1, "n_eval_examples": 256, "do_first_eval": True, "wandb.enabled": False,
         "intermediate_checkpoints": False, "cache_dir": ".cache"}
     assert {key: get_key(config, key) for key in expected} == expected
 
@@ -141,8 +143,10 @@ def test_nothing_is_shared_between_two_configs(config_file):
 
 KNOBS = [*knobs(Config)]
 each_knob = pytest.mark.parametrize("key, item", [(key, item) for key, (item, _) in KNOBS], ids=[key for key, _ in KNOBS])
-OUTSIDE = {"above 0": [0, -1], "0 or more": [-1, -0.01], "at least 0 and below 1": [-0.01, 1, 2], "": []}
-INSIDE = {"above 0": [1e-9, 1, 10 ** 6], "0 or more": [0, 1, 0.01, 10 ** 6], "at least 0 and below 1": [0, 0.5, 0.999], "": []}
+OUTSIDE = {"above 0": [0, -1], "0 or more": [-1, -0.01], "at least 0 and below 1": [-0.01, 1, 2], "": [],
+           DTYPE[0]: ["fp32", "int8"]}
+INSIDE = {"above 0": [1e-9, 1, 10 ** 6], "0 or more": [0, 1, 0.01, 10 ** 6], "at least 0 and below 1": [0, 0.5, 0.999], "": [],
+          DTYPE[0]: ["", "float32", "bfloat16", "float16"]}
 
 
 def complete(**values) -> Config:
@@ -177,7 +181,7 @@ def test_every_field_of_the_configuration_is_a_knob_or_holds_knobs():
 def test_every_knob_says_its_bounds_whether_it_may_change_and_what_it_means(key, item):
     assert item.metadata.keys() == {"bounds", "may_change", "meaning"}
     (text, holds), meaning = item.metadata["bounds"], item.metadata["meaning"]
-    assert (text, holds) in (ANY, ABOVE_0, NOT_NEGATIVE, FRACTION) and item.metadata["may_change"] in (FIXED, FREE)
+    assert (text, holds) in (ANY, DTYPE, ABOVE_0, NOT_NEGATIVE, FRACTION) and item.metadata["may_change"] in (FIXED, FREE)
     assert len(meaning) > 5 and "\n" not in meaning and not meaning.endswith(".")
     default = default_of(item)
     assert default is None or holds(default) and get_key(Config(), key) == default
@@ -187,6 +191,7 @@ def test_every_knob_says_its_bounds_whether_it_may_change_and_what_it_means(key,
 def test_a_value_out_of_a_knob_s_bounds_is_refused_and_one_within_is_not(key, item):
     text, config = item.metadata["bounds"][0], complete()
     number = float if isinstance(default_of(item), float) else int
+    number = str if isinstance(default_of(item), str) else number
     for value in {number(value) for value in (*OUTSIDE[text], *INSIDE[text]) if number(value) == value}:
         set_key(config, key, value)
         assert (f"{key}={value} must be {text}" in check(config, 1)) == (value in OUTSIDE[text])
@@ -380,6 +385,35 @@ def test_a_config_file_that_is_wrong_is_named(config_file, text, expected):
     path = config_file(text)
     (error,) = errors_of("--config", path)
     assert path in error and re.search(expected, error)
+
+
+@pytest.mark.parametrize("key, said", [
+    ("train_datasets", "it is called datasets here"), ("test_datasets", "it is called eval_datasets here"),
+    ("loss", "sft.py has one loss"), ("loss.beta", "sft.py has one loss"), ("model", "--config configs/NAME.py"),
+    ("model.policy_dtype", "export_dtype"), ("model.reward_model.path", "no reward model"), ("warmup_steps", "warmup here"),
+    ("wandb.entity", "WANDB_ENTITY"),
+])
+def test_a_key_of_halos_is_answered_with_what_it_is_called_here(key, said):
+    (error,) = errors(f"++{key}=1")
+    assert error.startswith(f"unknown key {key!r}: ") and said in error
+
+
+def test_every_key_that_the_hints_name_exists():
+    hints = json.loads((ROOT / "configs/halos.json").read_text())
+    known = {key for key, _ in KNOBS}
+    assert not known & hints.keys()  # what is known needs no hint
+    named = {word for hint in hints.values() for word in re.findall(r"(?:^it is (?:called )?|see )([a-z_.]+)(?= here|$|,)", hint)}
+    assert {"datasets", "eval_datasets", "model.microbatch_tokens", "model.packing"} <= named
+    assert named <= known | {"torchrun"}
+
+
+@pytest.mark.parametrize("overrides, expected", [([], 48), (["model.max_length=512"], 256), (["model.max_length=8"], 4),
+                                                 (["model.max_prompt_length=7"], 7)])
+def test_half_of_a_row_may_be_prompt_unless_said_otherwise(tmp_path, overrides, expected):
+    path = tmp_path / "config.py"
+    path.write_text("from configs.base import Config, ModelConfig\n"
+                    "config = Config(exp_name='a', datasets=['x.jsonl'], model=ModelConfig(name_or_path='m', max_length=96))")
+    assert load_config(["--config", str(path), *overrides], 1).model.max_prompt_length == expected
 
 
 @pytest.mark.parametrize("argv, expected", [

@@ -129,7 +129,7 @@ def expected(fork):
     """[(loss, margin, accuracy, gradient norm) of each step, and after the last]"""
     tokenizer = load_tokenizer(str(fork / "model"), ".cache")  # for its chat template
     model, reference = (AutoModelForCausalLM.from_pretrained(fork / "model") for _ in range(2))
-    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
     def logp(model, prompt: str, answer: str) -> torch.Tensor:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -164,7 +164,7 @@ def test_the_fork_trains_by_dpo(fork, expected, n_processes, packing):
     name = f"{n_processes}-{packing}"
     run_well("sft.py", "--config", "configs/llama.py", "model.name_or_path=model", "datasets=[pairs.jsonl]", f"exp_name={name}",
              "eval_datasets=[pairs.jsonl]", f"n_epochs={STEPS}", f"model.batch_size={len(PAIRS)}", f"beta={BETA}", f"lr={LR}",
-             "weight_decay=0", f"model.packing={packing}", "model.max_length=64", "model.max_prompt_length=48",
+             "weight_decay=0", "eval_every=1000", f"model.packing={packing}", "model.max_length=64", "model.max_prompt_length=48",
              "model.microbatch_tokens=64", n_processes=n_processes, cwd=fork)
     records = [json.loads(line) for line in (fork / ".cache" / name / "metrics.jsonl").read_text().splitlines()]
     before, *steps, after = records

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import ChatEncoder
-from checkpoint import save_model, write_gathered
 from configs.base import ModelConfig
 from data import IGNORE, SFTDataLoader, TokenisedRows
+from export import save_model, write_gathered
 from fsdp_utils import all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, shard_model
 from logps import check_head
 from make_tiny import make_rows, train_tokenizer

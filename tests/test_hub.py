@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from conftest import ROOT, run_well, write_model
 from tokenizers import AddedToken
 
 from chat import ChatEncoder
-from data import tokenise
-from hub import CONTROL_TOKENS, SOURCES, HubError, clean, fetch, find_threads, mix, parse_weight, select_shp
+from data import mix, tokenise
+from hub import CONTROL_TOKENS, SOURCES, HubError, clean, fetch, find_threads, parse_weight, select_shp
 from make_tiny import make_rows, train_tokenizer
 from model_utils import load_tokenizer
 from rows import list_files, to_conversation
@@ -486,3 +488,96 @@ def test_a_run_trains_on_the_train_splits_by_weight_and_evaluates_on_the_test_sp
                     f"model.tokenizer_name_or_path={tmp_path}/model", cwd=hub)
     assert "steps: 3, of 6 examples" in said and "eval: 1 of 1 held-out examples" in said
     assert (tmp_path / "tiny/FINAL/model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether the hub lets us
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers auth-check as the hub does: by status and X-Error-Code."""
+
+    ANSWERS = {"gated": (403, "GatedRepo"), "none": (401, "RepoNotFound"), "broken": (500, ""), "open": (200, "")}
+
+    def do_GET(self):  # noqa: N802 (http.server's name)
+        status, code = self.ANSWERS[self.path.split("/")[3]]
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub_that_answers():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def access(tmp_path, endpoint: str, offline: str = "0", *, datasets=(), **model) -> list[str]:
+    """check_access in a process of its own, as huggingface_hub reads its environment once."""
+    script = ("import json, sys; from configs.base import Config, ModelConfig; from hub import check_access\n"
+              "kwargs = json.loads(sys.argv[1])\n"
+              "print(json.dumps(check_access(Config(**kwargs | {'model': ModelConfig(**kwargs['model'])}))))\n"
+              "assert 'torch' not in sys.modules and 'datasets' not in sys.modules")
+    argument = json.dumps({"datasets": datasets, "cache_dir": str(tmp_path / "cache"), "model": model})
+    done = subprocess.run([sys.executable, "-c", script, argument], cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline})
+    return json.loads(done.stdout)
+
+
+NAMES_INSTEAD = "or have it on the disk: "
+
+
+@pytest.mark.parametrize("name, said", [
+    ("gated/a", "gated/a: no access yet: accept its licence at https://huggingface.co/gated/a, then hf auth login; "),
+    ("none/a", "none/a: no such folder, and the hub shows none of this name: see to its spelling, or hf auth login if it is "
+               "private; "),
+    ("broken/a", "broken/a: the hub refuses: "),
+    ("/no/folder/a", "/no/folder/a: no such folder, and no name as the hub's are; ")])
+def test_what_the_hub_refuses_is_said_with_what_to_do(hub_that_answers, tmp_path, name, said):
+    [line] = access(tmp_path, hub_that_answers, name_or_path=name)
+    assert line.startswith(said) and line.endswith(f"{NAMES_INSTEAD}model.name_or_path=FOLDER") and "\n" not in line
+    data = f"hub:{name}"
+    if not name.startswith("/"):
+        [line] = access(tmp_path, hub_that_answers, datasets=[data, f"{data}:test*2"], name_or_path="open/a")
+        assert line.startswith(said.replace("huggingface.co/", "huggingface.co/datasets/"))
+        assert line.endswith(f"{NAMES_INSTEAD}datasets=[FILE]")
+
+
+def test_all_that_can_t_be_had_is_said_at_once_and_what_can_be_is_not(hub_that_answers, tmp_path):
+    lines = access(tmp_path, hub_that_answers, datasets=["hub:none/b", "ultrachatt", "hub:open/b", "a.jsonl"],
+                   name_or_path="gated/a", tokenizer_name_or_path="open/a")
+    unknown, *others = lines
+    assert unknown.startswith("unknown data set 'ultrachatt', did you mean 'ultrachat'? ")
+    assert [line.split(":")[0] for line in others] == ["gated/a", "none/b"]
+
+
+@pytest.mark.parametrize("offline, said", [("0", "the hub can't be reached, is there a network? "),
+                                           ("1", "not in the cache, and HF_HUB_OFFLINE is set; ")])
+def test_without_a_network_one_line_names_all_that_is_wanted(tmp_path, offline, said):
+    [line] = access(tmp_path, "http://127.0.0.1:9", offline, datasets=["ultrachat"], name_or_path="meta-llama/Meta-Llama-3-8B")
+    assert line.startswith(f"meta-llama/Meta-Llama-3-8B and HuggingFaceH4/ultrachat_200k: {said}")
+    assert line.endswith(f"{NAMES_INSTEAD}model.name_or_path=FOLDER datasets=[FILE]")
+
+
+def test_what_is_on_the_disk_needs_no_network(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "cache/datasets").mkdir(parents=True)
+    for name in ("ultrachat-train", "own--name-test"):
+        (tmp_path / f"cache/datasets/{name}.jsonl").touch()
+    (tmp_path / "cache/models--a--b/snapshots/0/").mkdir(parents=True)
+    (tmp_path / "cache/models--a--b/snapshots/0/config.json").touch()
+    (tmp_path / "cache/models--a--b/refs").mkdir()
+    (tmp_path / "cache/models--a--b/refs/main").write_text("0")
+    nowhere, sets = "http://127.0.0.1:9", ["a.jsonl", "ultrachat*2", "hub:own/name:test"]
+    far = {"load_from": "model", "name_or_path": "a/c"}
+    for name in ("model", "a/b"):
+        assert access(tmp_path, nowhere, datasets=sets, name_or_path=name) == []
+    assert access(tmp_path, nowhere, **far, tokenizer_name_or_path="model") == []
+    assert len(access(tmp_path, nowhere, **far)) == 1  # its tokenizer

@@ -30,9 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sft
 from chat import ChatEncoder
-from checkpoint import save_checkpoint, save_model, write_gathered
+from checkpoint import save_checkpoint
 from configs.base import load_config
 from data import IGNORE, SFTDataLoader, collate_packed, collate_padded, tokenise
+from export import save_model, write_gathered
 from fsdp_utils import ModelError, clip_gradients, end_process, init_processes, make_mesh, shard_model
 from logps import target_logps
 from lora import LoRALinear, add_lora, draw_kept, load_adapter, merge_in_place, merge_lora, save_adapter
@@ -847,7 +848,8 @@ def worker(folder: Path) -> None:
 def arguments(folder: Path, name: str, *options: str) -> list[str]:
     return ["--config", str(folder / "config.py"), f"datasets=[{folder / 'train.jsonl'}]", f"exp_name={name}",
             f"cache_dir={folder / 'runs'}", f"model.name_or_path={folder / 'full' / 'llama'}", "n_examples=32",
-            f"model.batch_size={BATCH_SIZE}", f"seed={SEED}", f"lr={STEP}", "weight_decay=0.05", "eval_every=16", "save_every=16",
+            f"model.batch_size={BATCH_SIZE}", f"seed={SEED}", f"lr={STEP}", "weight_decay=0.05", "eps=1e-5",
+            "eval_every=16", "save_every=16",
             "intermediate_checkpoints=true", "model.use_peft=true", "model.max_length=64", "model.max_prompt_length=32",
             "model.peft.lora_r=4", "model.peft.lora_alpha=10", "model.peft.lora_dropout=0", *options]
 

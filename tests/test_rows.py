@@ -894,3 +894,31 @@ def test_a_bad_row_is_counted_by_its_reason_at_its_first_line(tmp_path, encoder)
         "bad: a row must be a JSON object, not null": (1, [3, 6]), "bad: question must be a text, not 6": (1, [3, 7]),
         "unread: id": (1, [3, 9])}
     assert (counts["rows"], columns["lines"].tolist(), columns["rows"].tolist()) == (7, [2, 9], [0, 6])
+
+
+# HALOs' own files: what train.sample writes is read, what train.label writes is refused, since it is judged
+ASKED, ANSWERED = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("row, unread", [
+    ({"prompt": ASKED, "output": "a", "type": "sample", "prompt_id": 0, "sample_id": 0}, {"type", "prompt_id", "sample_id"}),
+    ({"instruction": "q", "output": "a", "generator": "m", "dataset": "alpacaeval_test"}, {"generator", "dataset"}),
+    ({"input": ASKED, "output": ANSWERED, "type": "chat"}, {"type"}),
+])
+def test_halos_samples_are_read(row, unread):
+    assert said(row) == [("user", "q"), ("assistant", "a")] and to_conversation(row).unread == unread
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": ASKED, "output": ANSWERED, "label": 1, "reward": 0.5, "type": "binary_feedback"},
+    {"prompt": ASKED, "output_A": ANSWERED, "output_B": ANSWERED, "label": 0, "type": "pairwise_feedback"},
+])
+def test_halos_feedback_is_refused_by_name(row):
+    with pytest.raises(ValueError, match="^label can't be trained on: judged answers are for KTO"):
+        to_conversation(row)
+
+
+@pytest.mark.parametrize("row", [{"input": ["q"], "output": ["a"]}, {"input": ASKED, "output": ["a"]}])
+def test_lists_that_are_no_messages_are_refused(row):
+    with pytest.raises(ValueError, match=r"^(input|output)\[0\] must be \{\"role\": ..., \"content\": ...\}"):
+        to_conversation(row)

@@ -127,7 +127,7 @@ TEMPLATE = """{{ strftime_now("%Y") }}\
 {%- if add_generation_prompt %}{{ name + '<|assistant|>' }}{% endif %}"""
 STRAIGHT = ["--config", "config.py"]
 RESUMED = ["--config", "config.py", "++model.from_checkpoint=runs/straight/checkpoints/step-3"]
-TIED = ["--config", "config.py", "n_examples=16", "model.name_or_path=tied", "model.packing=false",
+TIED = ["--config", "config.py", "export_dtype=float32", "n_examples=16", "model.name_or_path=tied", "model.packing=false",
         "model.activation_checkpointing=true", "warmup=0", "do_first_eval=false", "n_eval_answers=3"]
 
 
@@ -398,7 +398,7 @@ def test_final_s_tokenizer_has_the_chat_template_and_generation_stops_at_its_ter
     ids = tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
     assert ids == own.apply_chat_template(chat, tokenize=True)["input_ids"]
     stop = tokenizer.eos_token_id
-    assert stop in ids and AutoModelForCausalLM.from_pretrained(straight / "FINAL").generation_config.eos_token_id == [stop]
+    assert stop in ids and AutoModelForCausalLM.from_pretrained(straight / "FINAL").generation_config.eos_token_id == stop
 
 
 @slow
@@ -513,7 +513,7 @@ BROKEN = {  # name → (overrides, what the line must say)
     "a LoRA target": (["model.use_peft=true", "model.peft.target_modules=[q_proj,no_proj]", "cache_dir=none"],
                       "sft.py: model.peft.target_modules: no linear layer is named 'no_proj'; there are "),
     "no model for LoRA": (["model.use_peft=true", "model.name_or_path=nowhere", "model.tokenizer_name_or_path=untied",
-                           "cache_dir=none"], "sft.py: nowhere: no causal language model can be loaded: "),
+                           "cache_dir=none"], "sft.py: nowhere: not in the cache, and HF_HUB_OFFLINE is set; "),
     "a misspelt key": (["model.batchsize=4"], "sft.py: unknown key 'model.batchsize', did you mean 'model.batch_size'?"),
     "a wrong value": (["lr=fast"], "sft.py: lr='fast' must be a number"),
     "no weights": (["model.name_or_path=no-weights"], "sft.py: no-weights: no causal language model can be loaded: "),
@@ -555,14 +555,52 @@ def test_a_wrong_lora_target_is_found_before_data_are_tokenised(folder, failed):
     assert (folder / "none/a LoRA target").is_dir() and not (folder / "none/tokens").exists()
 
 
+def after_torchrun(stderr: str) -> str:
+    """Returns what torchrun has printed last: the text of the rank that failed first, up to its own ruled line."""
+    *_, text, ruled, rest = re.split(r"(?:traceback : \n+|^(={10,})$)", stderr, flags=re.MULTILINE)
+    assert set(ruled) == {"="} and not rest.strip()
+    return text
+
+
 @slow
 @pytest.mark.parametrize("name", ["a bad row", "a misspelt key"])
 def test_two_ranks_say_it_once_and_end_soon(folder, failed, name):
     overrides, line = BROKEN[name]
     done = run_script(SFT, "--config", "config.py", "exp_name=broken", *overrides, n_processes=2, cwd=folder, timeout=50)
     assert done.returncode == 1 and done.stderr.count(line) == 1
-    before, _ = done.stderr.split(line)
-    assert "Traceback" not in before and "Error" not in before
+    assert line in after_torchrun(done.stderr)
+
+
+RANK_1_BREAKS = """
+import os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import logps
+if os.environ["RANK"] == "1":
+    logps.check_head = lambda *_: {}["a fault of this rank's"]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@slow
+@pytest.mark.parametrize("argv, expected", [
+    (["configs/llama.py"], "sft.py: meta-llama/Meta-Llama-3-8B and HuggingFaceH4/ultrachat_200k: not in the cache"),
+    (["configs/llama.py", "datasets=[a.jsonl]", f"model.name_or_path={ROOT}"], "sft.py: datasets: a.jsonl: no such file")])
+def test_under_torchrun_the_error_is_the_last_thing_said(folder, argv, expected):
+    done = run_script(SFT, "--config", ROOT / argv[0], *argv[1:], n_processes=4, cwd=folder, timeout=45)
+    assert done.returncode == 1 and after_torchrun(done.stderr).strip().startswith(expected)
+    assert len(after_torchrun(done.stderr).strip().splitlines()) == 1 == done.stderr.count(expected)
+
+
+@slow
+def test_a_traceback_of_one_rank_is_that_rank_s_and_said_once_and_last(folder):
+    (folder / "breaks.py").write_text(RANK_1_BREAKS)
+    done = run_script("breaks.py", SFT, "--config", "config.py", "exp_name=breaks", n_processes=2, cwd=folder, timeout=60)
+    assert done.returncode == 1
+    text = after_torchrun(done.stderr).strip()
+    assert text.startswith("sft.py: Traceback") and text.endswith("KeyError: \"a fault of this rank's\"")
+    assert done.stderr.count("KeyError: ") == 1 and done.stderr.count("another rank") == 0
+    assert done.stderr.count("rank      : 1") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,7 +635,7 @@ def test_tiny_learns(tiny):
     folder, printed, _ = tiny
     steps, evals = records(folder / "runs/tiny")
     assert len(steps) == 40 and steps[0]["loss/train"] > 2 * steps[-1]["loss/train"]
-    assert len(evals) == 2 and evals[0]["loss/eval"] > 2 * evals[-1]["loss/eval"]
+    assert [record["step"] for record in evals] == [*range(0, 41, 4)] and evals[0]["loss/eval"] > 2 * evals[-1]["loss/eval"]
     assert f"loss/train {steps[0]['loss/train']:.4f} → {steps[-1]['loss/train']:.4f}" in printed
     assert f"loss/eval {evals[0]['loss/eval']:.4f} → {evals[-1]['loss/eval']:.4f}" in printed
     (high,) = [line for line in printed.splitlines() if line.startswith(f"{steps[0]['loss/train']:8.3f} │•")]
