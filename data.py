@@ -92,6 +92,11 @@ class Examples(NamedTuple):
     rows: TokenisedRows
     ids: np.ndarray  # (n,) int64: which of them, in order; one may come more than once
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest of them, 0 if there are none."""
+        return int(self.rows.lengths[self.ids].max(initial=0))
+
 
 def tokenise(files: list[Path], encoder, cache_dir: str) -> TokenisedRows:
     """Tokenises the files, or maps what an earlier run or another rank has tokenised. Raises DataError.

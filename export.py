@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from checkpoint import CheckpointError, step_of, written_whole
@@ -23,6 +24,8 @@ from model_utils import find_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+                   "video_preprocessor_config.json", "feature_extractor_config.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -39,8 +42,8 @@ def export_model(folder: Path, model, tokenizer, n_steps: int, metrics: dict, se
             write_gathered(model, lambda parts: save_adapter(partial / "adapter", model, next(parts)), trained_only=True)
         if whole:
             round_to = rounding(model, settings["export_dtype"])
-            write_gathered(model, lambda parts: save_model(partial, model, (merge_lora(model, part) for part in parts), round_to),
-                           limit=5e9)
+            write_gathered(model, lambda parts: save_model(partial, model, (merge_lora(model, part) for part in parts), round_to,
+                                                           names_in_files(model), kept_weights(model)), limit=5e9)
         with failing_together(CheckpointError):
             if dist.get_rank() == 0:
                 tokenizer.save_pretrained(partial)
@@ -70,18 +73,43 @@ def write_gathered(model: nn.Module, write: Callable[[Iterator[dict]], None], li
                 pass
 
 
-def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]],
-               round_to: Callable[[str], torch.dtype] | None = None) -> None:
-    """Writes a state dict that comes in parts, tied weights once, as transformers does: safetensors and configurations.
+def names_in_files(model) -> dict[str, str]:
+    """Returns what the weights are called in the base's files, where these hold each as the model does; else {}."""
+    names = {name: written for name, (_, written) in model.weight_files.items()}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return names | {name: names[source] for name, source in tied.items() if source in names}
 
-    round_to(name) is the dtype that a floating-point weight is written in; by default the one it has.
+
+def kept_weights(model) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields what the base's files hold beside the model's weights, as the vision of which it is the text."""
+    for file in sorted(set(model.kept_weights.values())):
+        with safe_open(file, "pt") as tensors:
+            yield {name: tensors.get_tensor(name) for name, other in model.kept_weights.items() if other == file}
+
+
+def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]],
+               round_to: Callable[[str], torch.dtype] | None = None, names: dict[str, str] | None = None,
+               others: Iterable[dict[str, torch.Tensor]] = ()) -> None:
+    """Writes a state dict that comes in parts, tied weights once: safetensors and configurations.
+
+    round_to(name) is the dtype that a floating-point weight is written in, by default the one it has; `names` gives each another
+    name, or else transformers undoes what it has done to the files' names and weights. `others` are written as they are.
     """
     files = []
     for part in parts:
         if round_to:
             part = {name: tensor.to(round_to(name)) if tensor.is_floating_point() else tensor for name, tensor in part.items()}
-        model.save_pretrained(folder, state_dict=part, max_shard_size="10TB")
-        files.append((folder / "model.safetensors").rename(folder / f"part-{len(files)}.safetensors"))
+        files.append(folder / f"part-{len(files)}.safetensors")
+        if names:
+            save_file({names[name]: tensor.contiguous() for name, tensor in part.items()}, files[-1], metadata={"format": "pt"})
+        else:
+            model.save_pretrained(folder, state_dict=part, max_shard_size="10TB")
+            (folder / "model.safetensors").rename(files[-1])
+    for part in others:
+        files.append(folder / f"part-{len(files)}.safetensors")
+        save_file(part, files[-1], metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     if len(files) == 1:
         files[0].rename(folder / "model.safetensors")
         return
@@ -117,14 +145,16 @@ def finish_folder(folder: Path, model, tokenizer, settings: dict) -> None:
     config, cache_dir = settings["model"], settings["cache_dir"]
     base = "" if config["random_init"] and not config["load_from"] else config["load_from"] or config["name_or_path"]
     if (folder / "config.json").exists():
-        own = read_json(find_file(base, "config.json", cache_dir)) if base else {}
-        if own.get("model_type") == model.config.model_type and not model.has_new_tokens:
-            changes = {"quantization_config": None, **dtype_keys(own, settings["export_dtype"])}
-            put_back(folder / "config.json", find_file(base, "config.json", cache_dir), changes)
+        if base:
+            original = find_file(base, "config.json", cache_dir)
+            put_back(folder / "config.json", original, config_changes(read_json(original), model, settings["export_dtype"]))
             if file := find_file(base, "generation_config.json", cache_dir):
                 stops = model.generation_config.eos_token_id
                 same = {*as_list(read_json(file).get("eos_token_id"))} == {*stops}
                 put_back(folder / "generation_config.json", file, {} if same else {"eos_token_id": stops})
+            for name in PROCESSOR_FILES:
+                if file := find_file(base, name, cache_dir):
+                    shutil.copyfile(file, folder / name)
         else:
             add_flat_keys(folder / "config.json", model)
     source = config["tokenizer_name_or_path"] or config["name_or_path"]
@@ -159,8 +189,14 @@ def put_back(file: Path, original: str | None, changes: dict) -> None:
     write_json(file, {key: value for key, value in {**content, **changed}.items() if value is not None or key not in changed})
 
 
-def dtype_keys(config: dict, dtype: str) -> dict:
-    return {key: dtype for key in ("torch_dtype", "dtype") if key in config} if dtype else {}
+def config_changes(config: dict, model, dtype: str) -> dict:
+    """Returns what of the base's config.json the run has changed, None for what goes; where it has a text's own part, in that."""
+    changes = {key: dtype for key in ("torch_dtype", "dtype") if key in config} if dtype else {}
+    if "text_config" in config:
+        changes["text_config"] = config["text_config"] | config_changes(config["text_config"], model, dtype)
+    else:
+        changes |= model.config_changes
+    return {**changes, "quantization_config": None}
 
 
 def add_flat_keys(file: Path, model) -> None:

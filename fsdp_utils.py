@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import NoReturn
@@ -71,6 +72,11 @@ def end_process(code: int = 0) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def name_of(model: nn.Module) -> str:
+    """Returns the name of the model's class, which FSDP2 puts its own before."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def say(*texts: str) -> None:
@@ -141,7 +147,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *methods: str, dtype: torch.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     placement = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    blocks = find_blocks(model)
+    uses = Counter(parameter for block in find_blocks(model) for parameter in set(block.parameters()))
+    # Blocks that share parameters (Zamba's) are left to the root
+    blocks = [block for block in find_blocks(model) if all(uses[parameter] == 1 for parameter in block.parameters())]
     for module in (*blocks, model):
         if compile and module is not model:  # the forward, not the block: the hooks of sharding stay outside
             module.forward = torch.compile(module.forward)

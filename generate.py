@@ -93,7 +93,7 @@ def load(folder: str, base: str | None, cache_dir: str) -> tuple[nn.Module, Chat
     dtype = compute_dtype(device)
     model = load_model(base, None, encoder.tokenizer, encoder.stop_ids, cache_dir, dtype)
     if adapter:
-        load_adapter(model, str(adapter), lora_dropout=0.0)
+        load_adapter(model, str(adapter), 0.0, model.n_new_rows)
         merge_in_place(model)
         for parameter in model.parameters():  # not model.to(dtype), which would round RoPE's buffers too
             parameter.data = parameter.data.to(dtype)

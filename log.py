@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from configs.base import one_line
 from data import Examples, TokenisedRows
 from fsdp_utils import say
+from model_utils import PLAIN_TEMPLATE
 
 
 class LogError(Exception):
@@ -201,6 +203,14 @@ def plot(values: list[float], width: int = 72, height: int = 10) -> str:
     return "\n".join([*lines, " " * 9 + "└" + "─" * len(columns)])
 
 
+def written_as_text(tokenizer) -> list[str]:
+    """Returns what looks like a control token in the chat template and is no token. The plain template's are meant as text."""
+    template, vocabulary = tokenizer.get_chat_template(), tokenizer.get_vocab()
+    if PLAIN_TEMPLATE in template:
+        return []
+    return sorted({text for text in re.findall(r"<\|[^|<>{}\s]+\|>|<\w+_of_\w+>", template) if text not in vocabulary})
+
+
 def describe_data(tokenizer, train: Examples, held_out: Examples, run_dir: Path) -> str:
     """Returns what became of the rows, in ten lines and an example of each kind; writes all of it to run_dir/data.json."""
     rows, counts = train.rows, Counter(train.rows.counts)
@@ -211,6 +221,8 @@ def describe_data(tokenizer, train: Examples, held_out: Examples, run_dir: Path)
         (run_dir / "data.json").write_text(json.dumps(report, indent=2, ensure_ascii=False))
     lines = [f"data: {counts['rows']:,} rows → {counts['examples']:,} examples, {counts['tokens kept']:,} tokens, of which "
              f"{counts['targets']:,} are targets"]
+    if texts := written_as_text(tokenizer):
+        lines.append(f"  the chat template writes {', '.join(texts)} as text: none is one token of this tokenizer")
     if more := counts["tokens more by splitting"]:
         lines.append("  an answer that the template writes otherwise once another follows is an example of its own: "
                      f"{counts['tokens'] / (counts['tokens'] - more):.2g} times the tokens; last_answer_only=true or a switch of "

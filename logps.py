@@ -5,8 +5,6 @@ import math
 
 import torch
 
-from fsdp_utils import ModelError
-
 
 def target_logps(model, batch: dict, fuse: bool = False) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Returns (log p(target | the tokens before it), (N,) fp32; the microbatch's share of a mixture's load balancing loss).
@@ -16,21 +14,43 @@ def target_logps(model, batch: dict, fuse: bool = False) -> tuple[torch.Tensor, 
     A method of the model, so that FSDP2 gathers the head's weight for it as it does for a forward.
     """
     ends, longest, mask = batch["document_ends"], batch["longest"], batch["target_combined_attention_mask"]
-    packed = {} if ends is None else {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest,
-                                      "max_length_k": longest}
-    output = model.base_model(input_ids=batch["target_combined_input_ids"], attention_mask=None if packed else mask,
-                              position_ids=batch["position_ids"], use_cache=False, **packed)
-    hidden = output.last_hidden_state.flatten(0, 1)[batch["predicting_positions"]]
-    labels = batch["target_labels"].flatten()[batch["target_positions"]]
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    logps = linear_logps(hidden, head.weight, labels, head.bias, scale, softcap, uniform=True, fuse=fuse)
+    inputs = {"input_ids": batch["target_combined_input_ids"], "use_cache": False}
+    if ends is None:  # a model counts the positions of padded rows itself: RoBERTa's begin behind the padding's
+        inputs |= {"attention_mask": mask}
+    else:
+        inputs |= {"position_ids": batch["position_ids"], "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+                   "max_length_q": longest, "max_length_k": longest}
+    labels, config = batch["target_labels"].flatten()[batch["target_positions"]], model.config.get_text_config()
+    if model.uses_own_logits:
+        output = type(model).forward(model, **inputs)  # not model(), which is FSDP2's to gather for, as this function is
+        logits = output.logits.flatten(0, 1)[batch["predicting_positions"]]
+        logps = logits.float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    else:
+        output, head = body_of(model)(**inputs), model.get_output_embeddings()
+        hidden = output.last_hidden_state.flatten(0, 1)[batch["predicting_positions"]]
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        logps = linear_logps(hidden, weight_of(head), labels, head.bias, scale, softcap, uniform=True, fuse=fuse)
     if not (getattr(config, "output_router_logits", False) and config.router_aux_loss_coef and batch["n_documents"]):
         return logps, 0.0
-    lengths = ends.diff() if packed else mask.sum(1)
+    lengths = mask.sum(1) if ends is None else ends.diff()
     router_logits = torch.stack(output.router_logits)[:, mask.flatten().bool()]  # without the padding
     return logps, config.router_aux_loss_coef * balance_loss(router_logits, config.num_experts_per_tok, lengths)
+
+
+def body_of(model):
+    """Returns the part of the model that makes the hidden states that the head reads."""
+    if model.base_model is not model:
+        return model.base_model
+    return next(child for child in model.children() if model.get_input_embeddings() in set(child.modules()))
+
+
+def weight_of(layer) -> torch.Tensor:
+    """Returns the weight of an embedding or a head, in which rows that are trained beside it, by lora.py, are in their place."""
+    if "token_adapter" not in layer._modules:
+        return layer.weight
+    rows = layer.token_adapter.trainable_tokens_delta
+    return torch.cat([layer.weight[:-len(rows)], rows.to(layer.weight.dtype)])
 
 
 def balance_loss(router_logits: torch.Tensor, top_k: int, lengths: torch.Tensor) -> torch.Tensor:
@@ -48,39 +68,6 @@ def balance_loss(router_logits: torch.Tensor, top_k: int, lengths: torch.Tensor)
     documents = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     chosen, probabilities = per_token.new_zeros(2, len(lengths), per_token.shape[2]).index_add(1, documents, per_token)
     return per_token.shape[2] * (chosen * probabilities / lengths[:, None]).sum()
-
-
-@torch.compiler.set_stance("force_eager")  # compiling what runs once would take longer than it
-@torch.no_grad()
-def check_head(model, device: torch.device) -> None:
-    """Raises ModelError where target_logps is not what the model's own logits give: a head unlike those known here.
-
-    All ranks must call it.
-    """
-    ids, was_training = torch.arange(8, device=device)[None], model.training
-    model.eval()
-    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-    try:
-        difference = (model.target_logps(whole_batch(ids))[0] - logps).abs().max().item()
-    except AttributeError:
-        difference = math.inf
-    model.train(was_training)
-    if not difference <= 0.02 * (1 + logps.abs().max().item()):  # bf16 may differ by half of that
-        raise ModelError(f"{type(model).__name__}: the logits are not hidden states times a head in a way known here")
-
-
-def whole_batch(ids: torch.Tensor, *ends: int) -> dict:
-    """Returns a batch, as target_logps takes it, of ids (1, T), each of which is a target but for the first of a document.
-
-    With several `ends`, where each document ends, they are packed; otherwise they are one padded row.
-    """
-    ends = torch.tensor([0, *(ends or [ids.shape[1]])], device=ids.device)
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in ends.diff().tolist()])
-    targets = positions.nonzero().squeeze(1)
-    packed = len(ends) > 2
-    return {"target_combined_input_ids": ids, "target_combined_attention_mask": torch.ones_like(ids), "target_labels": ids,
-            "target_positions": targets, "predicting_positions": targets - 1, "position_ids": positions[None],
-            "document_ends": ends.int() if packed else None, "longest": ends.diff().max().item(), "n_documents": len(ends) - 1}
 
 
 def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None,

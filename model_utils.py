@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
@@ -24,15 +23,9 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
 from configs.base import one_line
-from fsdp_utils import ModelError, gather_all, say
-from logps import target_logps, whole_batch
-from lora import add_lora
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
+from fsdp_utils import ModelError, gather_all
+from logps import target_logps
+from lora import NEW_ROWS, add_lora
 
 # For a tokenizer that brings none: roles are lines of text, so no token is new, and an answer ends where every engine stops
 PLAIN_TEMPLATE = """\
@@ -89,20 +82,23 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
     If `sliced`, its weights are left to be read when it is sharded, from model.weight_files, {name: (safetensors file, name
     there)}, where the files hold each as the model does; that is empty where the weights are here already. Raises ModelError.
     """
-    weight_files, base_dtype = {}, None
+    weight_files, kept, base_dtype = {}, {}, None
     if random_init:
         model = make_new_model(random_init, tokenizer, dtype)
+        old_size = model.get_input_embeddings().num_embeddings
     else:
         try:
-            size = len(tokenizer)
-            model, weight_files = make_empty_model(name_or_path, cache_dir, dtype, size) if sliced else (None, {})
+            if sliced:
+                model, weight_files, kept, old_size = make_empty_model(name_or_path, cache_dir, dtype, len(tokenizer))
             if not weight_files:
                 model, loaded = AutoModelForCausalLM.from_pretrained(
                     name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True,
                     use_safetensors=True)  # never a pickle
-                for what, keys in (("missing", loaded["missing_keys"]), ("not this model's", loaded["unexpected_keys"])):
+                others = loaded["unexpected_keys"] if not is_part(model, name_or_path, cache_dir) else []
+                for what, keys in (("missing", loaded["missing_keys"]), ("not this model's", others)):
                     if keys:
                         raise ModelError(f"{name_or_path}: {len(keys)} weights are {what}, the first is {min(keys)}")
+                old_size = grow(model, len(tokenizer))
                 base_dtype = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False).dtype
         except ModelError:
             raise
@@ -111,15 +107,6 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
 
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers 5.17's sdpa leaves the softcap out
-    old_size = model.get_input_embeddings().num_embeddings
-    model.has_new_tokens = len(tokenizer) > old_size
-    if model.has_new_tokens:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():  # a new token starts as the mean of the known ones, on every rank alike
-            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                for tensor in layer.parameters():
-                    tensor[old_size:] = tensor[:old_size].mean(0)
-
     generation = model.generation_config
     stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     generation.eos_token_id = sorted({stop for stop in [*stops, *stop_ids] if stop is not None})
@@ -127,7 +114,10 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
     if any(value is not None for value in (generation.temperature, generation.top_p, generation.top_k)):
         generation.do_sample = True  # transformers refuses to save sampling settings that are switched off
     model.target_logps = functools.partial(target_logps, model, fuse=fuse)
-    model.weight_files, model.base_dtype = weight_files, base_dtype
+    model.given_weights = set()  # by an adapter, and not to be read from the files
+    model.uses_own_logits = False  # until check_head finds that it must
+    model.weight_files, model.kept_weights, model.base_dtype = weight_files, kept, base_dtype
+    model.n_new_rows = model.get_input_embeddings().num_embeddings - old_size  # of its embeddings, for tokens new to it
     model.own_attention = model.config._attn_implementation
     return model
 
@@ -137,7 +127,7 @@ def make_new_model(description: dict, tokenizer, dtype: torch.dtype):
         known = AutoConfig.for_model(description["model_type"])
         if unknown := [key for key in description if not hasattr(known, key) and key != "rope_theta"]:
             raise ValueError(f"{known.model_type} knows no {', '.join(unknown)}")
-        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **description})
+        config = AutoConfig.for_model(**description | {"vocab_size": max(len(tokenizer), description.get("vocab_size", 0))})
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -160,37 +150,79 @@ def make_outline(name_or_path: str, cache_dir: str, dtype: torch.dtype = torch.f
 
 
 def make_empty_model(name_or_path: str, cache_dir: str, dtype: torch.dtype, vocabulary: int):
-    """Returns (model, {name: (file, name in it)} of its weights), the latter empty where they must be loaded by transformers:
-    cut otherwise in the files than in the model, or with rows to be added for new tokens."""
+    """Returns (model, {name: (file, name in it)} of its weights, {name: file} of those that are not its, its rows of embeddings
+    before it grew). The second is empty where transformers must load them: cut otherwise in the files than in the model.
+
+    A model that is part of another, as its text, leaves weights in the files that are not its; FINAL has them all the same.
+    """
     files = find_weights(name_or_path, cache_dir)
     model = make_outline(name_or_path, cache_dir, dtype).eval()
     if find_file(name_or_path, "generation_config.json", cache_dir):
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
     conversions = get_model_conversion_mapping(model)
-    sources, fits = {}, True
+    sources, kept, fits, state, prefix = {}, {}, True, model.state_dict(), f"{model.base_model_prefix}."
     for written, file in files.items():
         name = written
         for conversion in conversions:
             name, matched = conversion.rename_source_key(name)
             fits &= isinstance(conversion, WeightRenaming) or not matched
-        sources[name] = file, written
-    state = model.state_dict()
+        name = next((other for other in (name, name.removeprefix(prefix), prefix + name) if other in state), name)
+        if name in state:
+            sources[name] = file, written
+        else:
+            kept[written] = file, name
     tied = getattr(model, "all_tied_weights_keys", {})
     ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
-    unexpected = [name for name in sources.keys() - state.keys() if not any(re.search(pattern, name) for pattern in ignored)]
-    fits &= not unexpected and sources.keys() >= state.keys() - tied.keys()
-    if not fits or len(model.get_input_embeddings().weight) < vocabulary:
-        return model, {}
+    others = [name for _, name in kept.values() if not any(re.search(pattern, name) for pattern in ignored)]
+    fits &= not others or is_part(model, name_or_path, cache_dir)
+    kept = {written: file for written, (file, _) in kept.items()}
+    if not fits or not sources.keys() >= state.keys() - tied.keys():
+        return model, {}, kept, 0
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    with Unallocated():
+        old_size = grow(model, vocabulary)
     for file in set(files.values()):
         with safe_open(file, "pt") as tensors:
-            for name, written in ((name, source[1]) for name, source in sources.items() if source[0] == file and name in state):
-                tensor, shape = tensors.get_slice(written), list(state[name].shape)
-                if tensor.get_shape() != shape:
-                    raise ModelError(f"{file}: {written} has the shape {tensor.get_shape()}, the model's is {shape}")
+            for name, written in ((name, source[1]) for name, source in sources.items() if source[0] == file):
+                tensor = tensors.get_slice(written)
+                if tensor.get_shape() != shapes[name]:
+                    raise ModelError(f"{file}: {written} has the shape {tensor.get_shape()}, the model's is {shapes[name]}")
                 if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                     raise ModelError(f"{file}: {written} is {tensor.get_dtype()}: quantised weights can't be fine-tuned")
     model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]  # undone when it is saved
-    return model, {name: source for name, source in sources.items() if name in state and name not in tied}
+    return model, {name: source for name, source in sources.items() if name not in tied}, kept, old_size
+
+
+def is_part(model, name_or_path: str, cache_dir: str) -> bool:
+    """Whether the folder holds a larger model, with vision or audio, of which this is the text."""
+    whole = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+    return whole.model_type != model.config.model_type
+
+
+@torch.no_grad()
+def grow(model, vocabulary: int) -> int:
+    """Gives the model a row of embeddings for every token if it has fewer, a multiple of 64 of them; returns how many it had.
+
+    A new row is the mean of the known ones, on every rank alike. Raises ModelError where the model can't grow.
+    """
+    old_size, model.config_changes = model.get_input_embeddings().num_embeddings, {}
+    if vocabulary <= old_size:
+        return old_size
+    before, config = {name: tensor.shape for name, tensor in model.state_dict().items()}, model.config.get_text_config().to_dict()
+    try:
+        model.resize_token_embeddings(vocabulary, pad_to_multiple_of=64, mean_resizing=False)
+        with Unallocated():
+            again = AutoModelForCausalLM.from_config(model.config).state_dict()
+    except (AttributeError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{type(model).__name__} takes no new tokens: {one_line(error)}") from error
+    for name, tensor in model.state_dict().items():
+        if again[name].shape != tensor.shape:
+            raise ModelError(f"{type(model).__name__} takes no new tokens: its configuration does not tell the rows of {name}")
+        if tensor.shape != before[name]:
+            tensor[old_size:] = tensor[:old_size].mean(0)
+    now = model.config.get_text_config().to_dict()
+    model.config_changes = {key: value for key, value in now.items() if value != config.get(key)}
+    return old_size
 
 
 def find_file(name_or_path: str, file: str, cache_dir: str) -> str | None:
@@ -219,7 +251,7 @@ def load_weights(model, frozen_only: bool = False) -> None:
     """
     own, state = dict(model.named_parameters()), model.state_dict()
     sources = {name: source for name, source in model.weight_files.items()
-               if not (frozen_only and name in own and own[name].requires_grad)}
+               if name not in model.given_weights and not (frozen_only and name in own and own[name].requires_grad)}
     bar = tqdm(total=len(sources), desc="loading", unit=" weights", disable=not sources or dist.get_rank() > 0)
     for file in sorted({file for file, _ in sources.values()}):
         with safe_open(file, "pt") as tensors:
@@ -229,102 +261,28 @@ def load_weights(model, frozen_only: bool = False) -> None:
                     mesh = local.device_mesh
                     first = mesh.get_local_rank(mesh.ndim - 1) * math.ceil(len(local) / mesh.size(mesh.ndim - 1))
                     local = local.to_local()
-                if len(local):
-                    local.copy_(source[first:first + len(local)])
+                if not local.ndim:
+                    local.copy_(tensors.get_tensor(written))
+                elif len(local):
+                    n_known = 0 if name.endswith(NEW_ROWS) else max(0, min(len(local), source.get_shape()[0] - first))
+                    local[:n_known] = source[first:first + n_known]
+                    if n_known < len(local):
+                        local[n_known:] = mean_row(source)
                 bar.update()
     bar.close()
+
+
+def mean_row(source) -> torch.Tensor:
+    """Returns the mean of the rows of a tensor in a file, of which a few are held at a time."""
+    n_rows, *rest = source.get_shape()
+    step = max(1, (64 << 20) // (4 * math.prod(rest)))
+    return sum(source[start:start + step].double().sum(0) for start in range(0, n_rows, step)) / n_rows
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Returns bf16 for a GPU that has it, fp32 for one that only emulates it, more slowly than fp32, and for CPUs."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing: documents one after the other in a single row, each of which sees only itself
-
-
-def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, softcap=None,
-                       cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs):
-    """Causal attention in which no document sees another, for transformers' AttentionInterface.
-
-    query (1, heads, T, D), key and value (1, kv heads, T, D); the documents are tokens cu_seq_lens_q[i] up to
-    cu_seq_lens_q[i + 1], and likewise of the keys. A sliding window of w lets a token see itself and the w - 1 before it;
-    softcap bounds the scores (Gemma 2). Returns (1, T, heads, D) and None for the probabilities, which are never made.
-    """
-    if attention_mask is not None and attention_mask != sliding_window:
-        raise ValueError("only its mask knows of the window")
-    groups = query.shape[1] // key.shape[1]
-    # flash attention takes two types, and heads of these sizes
-    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in range(8, 257, 8)
-    if query.is_cuda and varlen_attn and fits and not softcap and not dropout:
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        window = (sliding_window - 1 if sliding_window else -1, 0)  # none to the right: causal
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window)
-        return out.unsqueeze(0), None
-    return attend_apart(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap), None
-
-
-@torch.compiler.disable  # else it is compiled anew for every number of documents
-def attend_apart(query, key, value, ends, dropout, scaling, sliding_window, softcap):
-    """document_attention on any device and in any dtype, one document after the other."""
-    groups, lengths, outs = query.shape[1] // key.shape[1], ends.diff().tolist(), []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
-        length = q.shape[2]
-        mask = None
-        if softcap or (sliding_window and length > sliding_window):
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-            mask = mask.triu(1 - sliding_window) if sliding_window else mask
-        if softcap:
-            scores = softcap * torch.tanh(q @ k.repeat_interleave(groups, 1).transpose(2, 3) * (scaling / softcap))
-            probabilities = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
-            out = F.dropout(probabilities, dropout) @ v.repeat_interleave(groups, 1)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling,
-                                                 enable_gqa=groups > 1)
-        outs.append(out)
-    return torch.cat(outs, dim=2).transpose(1, 2)
-
-
-def mask_of_documents(*args, local_size: int | None = None, **kwargs) -> int | None:
-    """What a model gets for a mask, and hands on to document_attention: nothing, or the window that it would have had."""
-    return local_size
-
-
-transformers.AttentionInterface.register("documents", document_attention)
-transformers.AttentionMaskInterface.register("documents", mask_of_documents)
-
-
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
-def enable_packing(model, device: torch.device) -> bool:
-    """Switches the model to document_attention; where it can't be packed, leaves it as it was and says why.
-
-    Whether it can is tried: two documents in one row must come out as they do apart, up to a hundredth of what they do
-    when nothing keeps them apart. Models that look at their neighbours otherwise than by attention (state spaces,
-    convolutions) do not pass, nor those whose attention can't be replaced. All ranks must call it.
-    """
-    if not model._supports_attention_backend:
-        say(f"not packed: {type(model).__name__} has an attention of its own")
-        return False
-    ids, was_training = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size, model.training
-    both = whole_batch(ids, 8, 24)
-    model.eval()
-    try:
-        apart = torch.cat([model.target_logps(whole_batch(part))[0] for part in ids.split([8, 16], dim=1)])
-        model.set_attn_implementation("documents")
-        packed, _ = model.target_logps(both)
-        mixed, _ = model.target_logps({**both, "document_ends": both["document_ends"][[0, 2]], "longest": 24})
-        problem = "mixes documents" if (packed - apart).abs().max() > 0.01 * (mixed - apart).abs().max() else None
-    except (TypeError, ValueError, AttributeError) as error:
-        problem = f"takes no other attention ({one_line(error)})"
-    model.train(was_training)
-    if problem:
-        model.set_attn_implementation(model.own_attention)
-        say(f"not packed: {type(model).__name__} {problem}")
-    return not problem
 
 
 # ---------------------------------------------------------------------------------------------------------------------

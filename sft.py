@@ -29,9 +29,9 @@ from data import IGNORE, DataError, SFTDataLoader, step_seed, to_device
 from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, say, shard_model
 from log import Log, LogError, count_flops, describe_data, describe_run
-from logps import check_head
 from lora import add_lora, load_adapter
-from model_utils import ModelError, check_targets, compute_dtype, enable_packing, load_model, load_tokenizer, load_weights
+from model_utils import ModelError, check_targets, compute_dtype, load_model, load_tokenizer, load_weights
+from trial import check_gradients, try_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm: what a fork changes
@@ -155,9 +155,9 @@ def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: s
                        stop_ids, cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
                        fuse=config.compile and device.type == "cuda")
     if config.load_lora_from:
-        load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.has_new_tokens)
+        load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.n_new_rows)
     elif config.use_peft:
-        add_lora(model, **dataclasses.asdict(config.peft), train_embeddings=model.has_new_tokens)
+        add_lora(model, **dataclasses.asdict(config.peft), n_new_rows=model.n_new_rows)
     return model.train()
 
 
@@ -183,10 +183,10 @@ def main(config: Config) -> None:
     shard_model(model, make_mesh(device, config.model.replicas), "target_logps", dtype=compute_dtype(device),
                 recompute=config.model.activation_checkpointing, compile=config.model.compile, offload=config.model.cpu_offload)
     load_weights(model, frozen_only=bool(latest))
+    check_gradients(model, device, filled=config.model.use_peft or not latest)
     optimizer = make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
     load_checkpoint(latest, model, optimizer)  # if there is one
-    check_head(model, device)  # after the optimizer is made: a forward leaves some weights gathered
-    packing = config.model.packing and enable_packing(model, device)
+    packing = try_model(model, device, max(train.longest, held_out.longest), config.model.packing)
 
     layout = {"batch_size": config.model.batch_size, "pad_id": encoder.tokenizer.pad_token_id, "packing": packing, "rank": rank,
               "world_size": world_size, "microbatch_tokens": max(config.model.microbatch_tokens, config.model.max_length)}

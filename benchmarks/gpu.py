@@ -46,7 +46,8 @@ from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, shard_model
 from log import count_flops, peak_flops, peak_memory
 from make_tiny import make_rows, train_tokenizer
-from model_utils import compute_dtype, enable_packing, load_tokenizer
+from model_utils import compute_dtype, load_tokenizer
+from trial import enable_packing
 
 PARTS = {"kernel": 90, "steps": 120, "bf16": 75, "storage": 150, "resume": 150}  # seconds on a GPU, of steps for each way
 WAYS = {"full, packed": {}, "full, packed, checkpointing": {"activation_checkpointing": True},

@@ -41,8 +41,9 @@ from chat import ChatEncoder
 from configs.base import ModelConfig
 from data import SFTDataLoader, to_device, tokenise
 from fsdp_utils import clip_gradients, end_process, init_processes, make_mesh, shard_model
-from model_utils import compute_dtype, enable_packing, load_model, load_tokenizer, load_weights
+from model_utils import compute_dtype, load_model, load_tokenizer, load_weights
 from rows import list_files, read_rows, to_conversation
+from trial import enable_packing
 
 WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "TRL, no checkpointing", "the limit")
 

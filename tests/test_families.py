@@ -18,10 +18,10 @@ from configs.base import ModelConfig
 from data import IGNORE, SFTDataLoader, TokenisedRows
 from export import save_model, write_gathered
 from fsdp_utils import all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, shard_model
-from logps import check_head
 from make_tiny import make_rows, train_tokenizer
-from model_utils import enable_packing, load_tokenizer, load_weights
+from model_utils import load_tokenizer, load_weights
 from sft import get_batch_metrics, make_model, make_optimizer
+from trial import check_head, enable_packing
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 64}
@@ -47,6 +47,10 @@ FAMILIES = {  # what sets each apart from the others; windows are shorter than m
     "Mixtral": ("mixtral", TINY | {"num_local_experts": 4}),
     "Qwen 2 MoE": ("qwen2_moe", TINY | EXPERTS),
     "Mixtral, balanced": ("mixtral", TINY | {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}),
+    "gpt-oss, with sinks": ("gpt_oss", TINY | {
+        "head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"]}),
+    "HyperCLOVA X, by its own logits": ("hyperclovax", TINY | {"logits_scaling": 0.5}),
     "Qwen 2 MoE, balanced": ("qwen2_moe", TINY | EXPERTS | {"output_router_logits": True, "router_aux_loss_coef": 0.5}),
 }
 LENGTHS, BATCH, VOCABULARY = [40, 3, 17, 5, 29, 12, 9, 33, 4, 21], 6, 256  # a step of 6 rows, and one of 4

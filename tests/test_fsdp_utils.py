@@ -40,8 +40,9 @@ from fsdp_utils import (
     make_mesh,
     shard_model,
 )
-from model_utils import enable_packing, load_tokenizer, load_weights
+from model_utils import load_tokenizer, load_weights
 from sft import get_batch_metrics, make_model, make_optimizer
+from trial import enable_packing
 
 WORLD_SIZES = [1, 2, 4]
 N_ROWS, BATCH = 19, 16  # a step of 16 rows, and one of 3: less than 4 ranks have

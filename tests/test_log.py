@@ -22,8 +22,9 @@ from chat import ChatEncoder, load_examples
 from configs.base import Config, WandbConfig
 from fsdp_utils import end_process, init_processes
 from log import Log, count_flops, describe_data, describe_run, is_right, plot, show_answers, show_example
-from logps import target_logps, whole_batch
+from logps import target_logps
 from model_utils import load_model, load_tokenizer
+from trial import whole_batch
 
 CPU, SETTINGS = torch.device("cpu"), dataclasses.asdict(Config(exp_name="a"))
 MEANS = {"loss/train": 2.5, "logps/train": -30.0}
@@ -339,6 +340,15 @@ def test_of_many_reasons_keys_and_files_the_first_are_said(started, group, tmp_p
     assert describe_data(started[0], train, held_out, tmp_path).split("\n")[1:3] == [
         "  keys that nothing reads: key00, key01, key02, key03, key04, key05, key06, key07 and 4 more",
         "  files passed over: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 6.txt, 7.txt and 2 more"]
+
+
+def test_a_template_s_tokens_that_the_tokenizer_lacks_are_said(started, group, tmp_path):
+    _, _, train, held_out = started
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|><start_of_turn><|user|>' + m.content + '<|im_end|>' + eos_token }}{% endfor %}")
+    tokenizer = load_tokenizer(str(train.rows.files[0].parent / "model"), "", chat_template=str(tmp_path / "own.jinja"))
+    assert describe_data(tokenizer, train, held_out, tmp_path).split("\n")[1] == (
+        "  the chat template writes <start_of_turn>, <|im_end|>, <|im_start|> as text: none is one token of this tokenizer")
 
 
 def test_an_example_s_targets_are_marked_in_green_or_in_brackets(started, monkeypatch):

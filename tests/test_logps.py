@@ -7,25 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_well
+from conftest import ROOT, process_of_one, run_well
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from data import IGNORE, collate_packed, collate_padded
-from fsdp_utils import ModelError
-from logps import (
-    balance_loss,
-    check_head,
-    chunk_rows,
-    differentiate_functionally,
-    differentiate_in_place,
-    linear_logps,
-    target_logps,
-    whole_batch,
-)
-from model_utils import enable_packing
+from fsdp_utils import ModelError, init_processes
+from logps import balance_loss, chunk_rows, differentiate_functionally, differentiate_in_place, linear_logps, target_logps
 from sft import get_batch_logps
+from trial import check_head, enable_packing, whole_batch
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -312,6 +303,7 @@ def make_model(kind: str, **changes):
             noise = torch.randn_like(parameter)
             parameter.copy_(0.15 * noise if parameter.ndim > 1 else parameter + 0.2 * noise)
     model.target_logps, model.own_attention = functools.partial(target_logps, model), model.config._attn_implementation
+    model.uses_own_logits = False
     return model.eval()
 
 
@@ -423,21 +415,30 @@ def test_heads_of_all_kinds_here_are_known(training):
         assert {module.training for module in model.modules()} == {training}
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_head_that_does_more_is_refused(training):
-    model = make_model("hyperclovax", logits_scaling=0.5).train(training)  # it multiplies by what Granite divides by
-    with pytest.raises(ModelError, match="^HyperCLOVAXForCausalLM: the logits are not .* in a way known here$"):
-        check_head(model, CPU)
-    assert model.training == training
-
-
 @pytest.mark.parametrize("kind, options", [
-    ("modernbert-decoder", {}), ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 64}),
-    ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 96})], ids=lambda value: value if value else "")
-def test_a_head_that_is_not_known_is_refused_or_comes_out_right(kind, options):
-    model, documents = make_model(kind, **options), make_documents([9])
-    try:
+    ("hyperclovax", {"logits_scaling": 0.5}),  # it multiplies by what Granite divides by
+    ("modernbert-decoder", {}), ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 64})],
+    ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_head_that_does_more_has_its_own_logits_taken(capsys, kind, options, training):
+    model, documents = make_model(kind, **options).train(training), make_documents([9])
+    with process_of_one():
+        init_processes(1)
         check_head(model, CPU)
-    except ModelError:
-        return
+        check_head(model, CPU)
+    assert capsys.readouterr().out == (f"whole logits: {type(model).__name__} makes them from its hidden states in a way of its "
+                                       "own; this takes more memory\n")  # once
+    assert model.training == training and model.uses_own_logits
     torch.testing.assert_close(in_a_batch(model, documents, collate_padded), one_by_one(model, documents), rtol=0, atol=1e-5)
+
+
+def test_a_head_that_reads_llama_4_s_body_is_known():
+    model = make_model("llama4_text", num_local_experts=2, intermediate_size_mlp=96)
+    check_head(model, CPU)
+    assert not model.uses_own_logits
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused():
+    model = make_model("bert", is_decoder=False)
+    with pytest.raises(ModelError, match="^BertLMHeadModel: its logits depend on later tokens: no causal language model$"):
+        check_head(model, CPU)

@@ -36,11 +36,12 @@ from data import IGNORE, SFTDataLoader, collate_packed, collate_padded, tokenise
 from export import save_model, write_gathered
 from fsdp_utils import ModelError, clip_gradients, end_process, init_processes, make_mesh, shard_model
 from logps import target_logps
-from lora import LoRALinear, add_lora, draw_kept, load_adapter, merge_in_place, merge_lora, save_adapter
+from lora import NEW_ROWS, LoRALinear, add_lora, draw_kept, load_adapter, merge_in_place, merge_lora, save_adapter
 from make_tiny import make_rows, train_tokenizer
-from model_utils import enable_packing, load_model, load_tokenizer
+from model_utils import load_model, load_tokenizer
 from rows import list_files
 from sft import get_batch_metrics, make_optimizer
+from trial import enable_packing
 
 VOCABULARY = 128
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -68,6 +69,7 @@ def make_base(kind: str = "llama", dtype: torch.dtype = torch.float32, **changes
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.7 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else parameter + 0.2 * noise)
     model.target_logps = partial(target_logps, model)
+    model.uses_own_logits = False
     return model.to(dtype)
 
 
@@ -553,7 +555,6 @@ MISFITS = {
     "alpha_pattern": written_by_peft(alpha_pattern={"q_proj": 2}),
     "trained norms": written_by_peft(modules_to_save=["norm"]),
     "embedding LoRA": written_by_peft(target_modules=["q_proj", "embed_tokens"]),
-    "target_parameters": written_by_peft(target_modules=["q_proj"], target_parameters=["mlp.down_proj.weight"]),
     "trainable tokens": written_by_peft(trainable_token_indices=[3, 4]),
     "an activated LoRA": written_by_peft(alora_invocation_tokens=[3, 4]),
     "PiSSA, which changes the base": written_by_peft(init_lora_weights="pissa"),
@@ -663,7 +664,7 @@ N_NEW = 5  # tokens that the tokenizer has and the models in */new do not
 def world(tmp_path_factory) -> Path:
     """A folder with train.jsonl, a tokenizer, and models in full/KIND and, with fewer tokens than the tokenizer, new/KIND."""
     folder = tmp_path_factory.mktemp("lora")
-    rows, _ = make_rows(24, 0)
+    rows, _ = make_rows(24, 0, seed=1)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train_tokenizer(rows, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -687,7 +688,7 @@ def resized_for_peft(world: Path, kind: str):
     """The base with rows for the new tokens, by transformers; the mean of the old ones, as here."""
     base = AutoModelForCausalLM.from_pretrained(world / "new" / kind)
     old_size = base.get_input_embeddings().num_embeddings
-    base.resize_token_embeddings(old_size + N_NEW, mean_resizing=False)
+    base.resize_token_embeddings(old_size + N_NEW, pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
         for tensor in {*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()}:
             tensor[old_size:] = tensor[:old_size].mean(0)
@@ -695,21 +696,52 @@ def resized_for_peft(world: Path, kind: str):
 
 
 def whole_layers(kind: str) -> list[str]:
+    """The names of the weights that have a row for each token."""
     embeddings = "gpt_neox.embed_in" if kind == "gpt_neox" else "model.embed_tokens"
     return [f"{embeddings}.weight"] + ([] if CHANGES[kind] else ["lm_head.weight"]) + (["lm_head.bias"] if kind == "phi" else [])
 
 
-with_new_tokens = pytest.mark.parametrize("kind", CHANGES)
+def new_rows(kind: str) -> list[str]:
+    return [name.replace("weight", NEW_ROWS) for name in whole_layers(kind) if name.endswith("weight")]
+
+
+def peft_with_new_rows(world: Path, kind: str):
+    """(PEFT's model, {our name: its parameter} of what it trains), which has the new tokens' rows beside LoRA."""
+    base = resized_for_peft(world, kind)
+    size = base.get_input_embeddings().num_embeddings
+    old_size = AutoConfig.from_pretrained(world / "new" / kind).vocab_size
+    rows = {name.rsplit(".", 3)[-3]: list(range(old_size, size)) for name in new_rows(kind)}
+    theirs = make_peft(base, trainable_token_indices=rows)
+    parameters = {name.removeprefix("base_model.model.").replace(".default", ""): parameter
+                  for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    return theirs, parameters
+
+
+with_new_tokens = pytest.mark.parametrize("kind", [kind for kind in CHANGES if kind != "phi"])
+
+
+def test_beside_a_bias_of_the_head_new_tokens_train_embeddings_and_head_whole(tmp_path, world):
+    """PEFT's rows of tokens would leave the bias out."""
+    model = load_new(world, "phi")
+    add_lora(model, **ALL_LINEAR, n_new_rows=model.n_new_rows)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() - adapters(model).keys() == set(whole_layers("phi"))
+    disturb(trained, "")
+    save_adapter(tmp_path / "adapter", model, model.state_dict())
+    vocabulary = model.get_input_embeddings().num_embeddings
+    theirs = load_peft(resized_for_peft(world, "phi"), tmp_path / "adapter")
+    close(logits_of(theirs, vocabulary), logits_of(model, vocabulary))
 
 
 @with_new_tokens
-def test_new_tokens_train_embeddings_and_head_whole(tmp_path, world, kind):
+def test_new_tokens_train_their_rows_alone(tmp_path, world, kind):
     model, plain = load_new(world, kind), load_new(world, kind)
-    assert model.has_new_tokens and not load_new(world, kind, "full").has_new_tokens
-    add_lora(model, **ALL_LINEAR, train_embeddings=model.has_new_tokens)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained.keys() - adapters(model).keys() == set(whole_layers(kind))
     vocabulary = model.get_input_embeddings().num_embeddings
+    assert vocabulary % 64 == 0 and 0 < model.n_new_rows < 64 + N_NEW and not load_new(world, kind, "full").n_new_rows
+    add_lora(model, **ALL_LINEAR, n_new_rows=model.n_new_rows)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() - adapters(model).keys() == set(new_rows(kind))
+    assert {len(trained[name]) for name in new_rows(kind)} == {model.n_new_rows}
     close(logits_of(plain, vocabulary), logits_of(resized_for_peft(world, kind), vocabulary))
     equal(logits_of(model, vocabulary), logits_of(plain, vocabulary))
     disturb(trained, "")
@@ -718,19 +750,65 @@ def test_new_tokens_train_embeddings_and_head_whole(tmp_path, world, kind):
 
     save_adapter(tmp_path / "adapter", model, model.state_dict())
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    tied = bool(CHANGES[kind])  # then PEFT wants both names
-    assert {name.removeprefix("base_model.model.") for name in stored} == trained.keys() | ({"lm_head.weight"} if tied else set())
+    assert {name.removeprefix("base_model.model.") for name in stored} == trained.keys()
     close(logits_of(load_peft(resized_for_peft(world, kind), tmp_path / "adapter"), vocabulary), expected)
 
     again = load_new(world, kind)
-    load_adapter(again, str(tmp_path / "adapter"), 0.0, again.has_new_tokens)
+    load_adapter(again, str(tmp_path / "adapter"), 0.0, again.n_new_rows)
     equal(values(again.state_dict()), values(model.state_dict()))
     assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trained.keys()
 
+    tied = bool(CHANGES[kind])
     save_model(tmp_path / "merged", model, [merge_lora(model, model.state_dict())])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     close(logits_of(merged, vocabulary), expected, 1e-5)
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
+    merge_in_place(model)
+    close(logits_of(model, vocabulary), expected, 1e-5)
+    assert type(model.get_input_embeddings()) is type(plain.get_input_embeddings())
+
+
+@with_new_tokens
+def test_new_rows_have_the_gradients_that_pefts_have(world, kind):
+    model = load_new(world, kind)
+    torch.manual_seed(8)
+    add_lora(model, **ALL_LINEAR, n_new_rows=model.n_new_rows)
+    theirs, its = peft_with_new_rows(world, kind)
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    disturb(own, "")
+    assert own.keys() == its.keys()
+    with torch.no_grad():
+        for name in own:
+            its[name].copy_(own[name])
+    ids = torch.arange(model.get_input_embeddings().num_embeddings)[None]
+    for each in (model, theirs):
+        logps = each.eval()(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, :-1]
+        logps.gather(1, ids[0, 1:, None]).sum().backward()
+    close({name: parameter.grad for name, parameter in own.items()}, {name: its[name].grad for name in own}, GRADIENT)
+
+
+def test_rows_of_old_tokens_are_not_trained_alone(tmp_path, world):
+    theirs = make_peft(resized_for_peft(world, "llama"), trainable_token_indices=[3, 4])
+    theirs.save_pretrained(tmp_path)
+    model = load_new(world, "llama")
+    with pytest.raises(ModelError, match=r"it trains the tokens \[3, 4\]; only those that are new"):
+        load_adapter(model, str(tmp_path), 0.0, model.n_new_rows)
+
+
+@with_new_tokens
+def test_pefts_rows_of_the_tokens_alone_load_here(tmp_path, world, kind):
+    """Of a base that was resized to the tokenizer's size, to no multiple of 64."""
+    base = AutoModelForCausalLM.from_pretrained(world / "new" / kind)
+    old_size = base.get_input_embeddings().num_embeddings
+    base.resize_token_embeddings(old_size + N_NEW, mean_resizing=False)
+    rows = {name.rsplit(".", 3)[-3]: list(range(old_size, old_size + N_NEW)) for name in new_rows(kind)}
+    theirs = make_peft(base, trainable_token_indices=rows)
+    disturb({name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad}, "")
+    theirs.save_pretrained(tmp_path)
+    model = load_new(world, kind)
+    load_adapter(model, str(tmp_path), 0.0, model.n_new_rows)
+    own, its = logits_of(model, old_size + N_NEW), logits_of(theirs, old_size + N_NEW)
+    close(own[..., :its.shape[-1]], its)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -742,7 +820,7 @@ def test_new_tokens_of_pefts_load_here(tmp_path, world, kind, embeddings):
     disturb({name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad}, "")
     theirs.save_pretrained(tmp_path, save_embedding_layers=embeddings)
     model = load_new(world, kind)
-    load_adapter(model, str(tmp_path), 0.0, model.has_new_tokens)
+    load_adapter(model, str(tmp_path), 0.0, model.n_new_rows)
     vocabulary = model.get_input_embeddings().num_embeddings
     close(logits_of(model, vocabulary), logits_of(theirs, vocabulary))
 
@@ -753,7 +831,7 @@ def test_a_head_that_peft_trained_apart_from_the_embeddings_is_refused(tmp_path,
     disturb(dict(theirs.named_parameters()), "lm_head.modules_to_save")
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ModelError, match=re.escape(str(tmp_path))):
-        load_adapter(load_new(world, "tied"), str(tmp_path), 0.0, True)
+        load_adapter(load_new(world, "tied"), str(tmp_path), 0.0, load_new(world, "tied").n_new_rows)
 
 
 def test_an_adapter_with_embeddings_needs_their_size(tmp_path, world):
@@ -793,7 +871,7 @@ def worker(folder: Path) -> None:
     for name, job in JOBS.items():
         dtype = getattr(torch, job.get("dtype", "float32"))
         model = load_model(str(folder / job["base"]), None, tokenizer, encoder.stop_ids, str(folder), dtype)
-        load_adapter(model, str(folder / name / "start"), 0.0, model.has_new_tokens)
+        load_adapter(model, str(folder / name / "start"), 0.0, model.n_new_rows)
         shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=job.get("checkpointing", False))
         named = dict(model.named_parameters())  # before a forward, which leaves the root's parameters gathered
         kinds = {key: (isinstance(parameter, DTensor), str(parameter.dtype), parameter.requires_grad)
@@ -830,7 +908,8 @@ def worker(folder: Path) -> None:
         def write_whole(parts, target=folder / name / "whole", model=model) -> None:
             (weights,) = parts
             save_model(target, model, [merge_lora(model, weights)])
-            torch.save({key: tensor for key, tensor in weights.items() if ".lora_" not in key}, target / "base.pt")
+            base = {key: tensor for key, tensor in weights.items() if ".lora_" not in key and NEW_ROWS not in key}
+            torch.save(base, target / "base.pt")
 
         write_gathered(model, write_adapter, trained_only=True)
         write_gathered(model, write_whole)
@@ -867,7 +946,7 @@ def trained(world) -> Path:
         kind = job["base"].rpartition("/")[2]
         model = load_new(world, kind, job["base"].partition("/")[0])
         torch.manual_seed(8)
-        add_lora(model, **ALL_LINEAR, train_embeddings=model.has_new_tokens)
+        add_lora(model, **ALL_LINEAR, n_new_rows=model.n_new_rows)
         if not job["fresh"]:
             disturb({key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}, "")
         (world / name).mkdir()
@@ -896,10 +975,11 @@ def step_rows(world: Path, n_steps: int) -> list[list]:
 
 def peft_training(world: Path, name: str) -> list[dict]:
     base = JOBS[name]["base"]
-    new = base.startswith("new/")
-    model = make_peft(resized_for_peft(world, base[4:]) if new else AutoModelForCausalLM.from_pretrained(world / base))
-    parameters = {key.removeprefix("base_model.model."): parameter for key, parameter in model.named_parameters()}
-    trained = adapters(model) | {key: parameters[key].requires_grad_() for key in (whole_layers(base[4:]) if new else [])}
+    if base.startswith("new/"):
+        model, trained = peft_with_new_rows(world, base[4:])
+    else:
+        model = make_peft(AutoModelForCausalLM.from_pretrained(world / base))
+        trained = adapters(model)
     start = load_file(world / name / "start" / "adapter_model.safetensors")
     with torch.no_grad():
         for key, parameter in trained.items():
@@ -909,8 +989,7 @@ def peft_training(world: Path, name: str) -> list[dict]:
 
 def trained_names(world: Path, name: str) -> set[str]:
     stored = load_file(world / name / "start" / "adapter_model.safetensors")
-    names = {key.removeprefix("base_model.model.") for key in stored}
-    return names - ({"lm_head.weight"} if "new/tied" in JOBS[name]["base"] else set())
+    return {key.removeprefix("base_model.model.") for key in stored}
 
 
 FP32_JOBS = [name for name, job in JOBS.items() if "dtype" not in job]
@@ -1003,8 +1082,6 @@ def test_the_adapter_is_gathered_alone(trained, name):
     assert set(json.loads((folder / "gathered.json").read_text())) == trained_names(trained, name)  # nothing frozen was
     stored = load_file(folder / "adapter_model.safetensors")
     after = result(trained, name)["steps"][-1]["after"]
-    if "new/tied" in JOBS[name]["base"]:
-        after["lm_head.weight"] = after["model.embed_tokens.weight"]
     equal({key.removeprefix("base_model.model."): tensor for key, tensor in stored.items()}, after)
 
 
@@ -1027,7 +1104,7 @@ def test_a_bf16_base_trains_as_an_fp32_one_up_to_its_rounding(trained, name):
     for own, its in zip(result(trained, name)["steps"], peft_training(trained, name), strict=True):
         assert own["loss"].item() == pytest.approx(its["loss"].item(), rel=0.01)
         for key, grad in its["grads"].items():
-            assert (own["grads"][key] - grad).norm() <= 0.1 * grad.norm(), key
+            assert (own["grads"][key] - grad).norm() <= 0.2 * grad.norm(), key
 
 
 # ---------------------------------------------------------------------------------------------------------------------

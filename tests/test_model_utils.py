@@ -36,19 +36,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTJForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+from attention import document_attention
 from chat import ChatEncoder
 from configs.base import ModelConfig
 from data import collate_packed, collate_padded
 from fsdp_utils import ModelError, end_process, init_processes, make_mesh, shard_model
-from model_utils import (
-    check_targets,
-    document_attention,
-    enable_packing,
-    generate,
-    load_model,
-    load_tokenizer,
-    load_weights,
-)
+from model_utils import check_targets, generate, load_model, load_tokenizer, load_weights
+from trial import enable_packing
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +158,12 @@ def make_folder(folder: Path, dtype=torch.float32, eos=2, more_tokens=(), **chan
 def test_a_model_is_loaded_in_fp32_with_rows_for_new_tokens(tmp_path, dtype, tied):
     before, tokenizer = make_folder(tmp_path, dtype, more_tokens=["<|good|>", "<|bad|>"], tie_word_embeddings=tied)
     model = load_model(str(tmp_path), None, tokenizer, [], "")
-    assert (len(tokenizer), model.config.vocab_size, model.has_new_tokens) == (11, 11, True)
+    assert (len(tokenizer), model.config.vocab_size, model.n_new_rows) == (11, 64, 55)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embeddings is head) == tied
     for layer, old in ((embeddings, before.get_input_embeddings()), (head, before.get_output_embeddings())):
         assert torch.equal(layer[:9], old.weight.float())
-        torch.testing.assert_close(layer[9:], old.weight.double().mean(0).float().repeat(2, 1), rtol=0, atol=1e-8)
+        torch.testing.assert_close(layer[9:], old.weight.double().mean(0).float().repeat(55, 1), rtol=0, atol=1e-8)
     for name, weight in model.state_dict().items():
         assert weight.dtype == torch.float32
         assert name in ("model.embed_tokens.weight", "lm_head.weight") or torch.equal(weight, before.state_dict()[name].float())
@@ -178,7 +172,7 @@ def test_a_model_is_loaded_in_fp32_with_rows_for_new_tokens(tmp_path, dtype, tie
 def test_padded_embeddings_stay_as_they_are(tmp_path):
     before, tokenizer = make_folder(tmp_path, more_tokens=["<|good|>"], vocab_size=16)
     model = load_model(str(tmp_path), None, tokenizer, [], "", dtype=torch.bfloat16)
-    assert not model.has_new_tokens and model.dtype == torch.bfloat16
+    assert not model.n_new_rows and model.dtype == torch.bfloat16
     assert torch.equal(model.get_output_embeddings().weight, before.get_output_embeddings().weight.bfloat16())
 
 
@@ -403,7 +397,7 @@ def test_weights_that_are_not_the_model_s_are_named(tmp_path, change, said):
 
 
 UNPACKABLE = {"mamba", "bloom", "lfm2",  # states, ALiBi, convolutions
-              "gpt_oss", "qwen2_moe", "phimoe"}  # sinks; and where only the mask knows of the window
+              "qwen2_moe", "phimoe"}  # sinks; and where only the mask knows of the window
 UNPACKABLE |= set() if GPTJForCausalLM._supports_attention_backend else {"gptj"}  # transformers 5.17
 
 

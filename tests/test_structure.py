@@ -7,8 +7,8 @@ from conftest import ROOT
 
 # From top to bottom; a module may import those that come after it. Scripts are imported by none.
 SCRIPTS = ["sft.py", "generate.py", "plot.py", "make_tiny.py"]
-MODULES = ["log.py", "export.py", "checkpoint.py", "chat.py", "template.py", "rows.py", "data.py", "hub.py", "model_utils.py",
-           "lora.py", "logps.py", "fsdp_utils.py", "configs/base.py"]
+MODULES = ["log.py", "export.py", "checkpoint.py", "chat.py", "template.py", "rows.py", "data.py", "hub.py", "trial.py",
+           "model_utils.py", "attention.py", "lora.py", "logps.py", "fsdp_utils.py", "configs/base.py"]
 
 
 def name_of(file: str) -> str:

@@ -1,0 +1,183 @@
+"""What a run takes for granted of a model is tried before the first step: its head, causality, positions, packing, padding."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+import attention  # noqa: F401 (for transformers to know "documents")
+from configs.base import one_line
+from fsdp_utils import ModelError, name_of, say
+from model_utils import compute_dtype
+
+
+def try_model(model, device: torch.device, longest: int, packing: bool) -> bool:
+    """Returns whether rows are packed, having tried all that is taken for granted; all ranks must call it.
+
+    That is that a token depends on those before it alone, that the head is known, or else the model's own logits taken, that
+    it has positions for rows of `longest` tokens, and that what shares a batch with a row does not change it. Raises ModelError.
+    """
+    check_head(model, device)
+    check_positions(model, device, longest)
+    if packing and enable_packing(model, device):
+        return True
+    check_padding(model, device)
+    return False
+
+
+@torch.compiler.set_stance("force_eager")
+def check_gradients(model, device: torch.device, filled: bool = True) -> None:
+    """Says which trainable weights the logits of a text do not depend on, and freezes those of adapters.
+
+    A backward does not reach them: in vision towers, in attention to an encoder that is not there, in indexers that choose
+    without a gradient. (Nor does it reach experts that these few tokens are not sent to.) All ranks must call it.
+    Raises ModelError where there is no gradient to be had at all. Does nothing if the weights are not `filled` yet.
+    """
+    if not filled:
+        return
+    ids, was_training = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size, model.training
+    check_head(model, device)
+    model.train()
+    try:
+        model.target_logps(whole_batch(ids))[0].sum().backward()
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{name_of(model)} can't be trained here: {one_line(error)}") from error
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    idle = [name for name, parameter in trained.items() if parameter.grad is None and ".experts." not in name]
+    for name in idle:
+        if ".lora_" in name:
+            trained[name].requires_grad_(False)
+            if ".lora_B." in name:
+                trained[name].data.zero_()  # not to be merged, if it came from elsewhere
+    model.zero_grad()
+    model.train(was_training)
+    if idle:
+        say(f"no gradient reaches {len(idle)} of {len(trained)} weights, which stay as they are; the first is {idle[0]}")
+
+
+def whole_batch(ids: torch.Tensor, *ends: int) -> dict:
+    """Returns a batch, as target_logps takes it, of ids (1, T), each of which is a target but for the first of a document.
+
+    With several `ends`, where each document ends, they are packed; otherwise they are one padded row.
+    """
+    ends = torch.tensor([0, *(ends or [ids.shape[1]])], device=ids.device)
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in ends.diff().tolist()])
+    targets = positions.nonzero().squeeze(1)
+    packed = len(ends) > 2
+    return {"target_combined_input_ids": ids, "target_combined_attention_mask": torch.ones_like(ids), "target_labels": ids,
+            "target_positions": targets, "predicting_positions": targets - 1, "position_ids": positions[None],
+            "document_ends": ends.int() if packed else None, "longest": ends.diff().max().item(), "n_documents": len(ends) - 1}
+
+
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def check_head(model, device: torch.device) -> None:
+    """Has target_logps take the model's own logits where its head does more than linear_logps knows of, and says so.
+
+    That is tried, in the precision that the run computes in. Raises ModelError where a token's logits depend on later tokens,
+    of which no loss of the next token makes sense. All ranks must call it.
+    """
+    ids, was_training = torch.arange(48, device=device)[None] % model.config.get_text_config().vocab_size, model.training
+    other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+    model.eval()
+    logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
+    own = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    # Sums in another order differ by some roundings of what is summed; what a head does to its logits, by far more
+    size = logits.nan_to_num(posinf=0, neginf=0).abs().max().item()
+    rounding = (1e-5 if compute_dtype(device) == torch.float32 else 1e-2) * (1 + size)
+    if (moved - logits).nan_to_num().abs().max().item() > rounding:  # weights that are not finite are the loop's to find
+        raise ModelError(f"{name_of(model)}: its logits depend on later tokens: no causal language model")
+    try:
+        difference = (model.target_logps(whole_batch(ids))[0] - own).nan_to_num().square().mean().sqrt().item()
+    except (AttributeError, TypeError, RuntimeError):
+        difference = math.inf
+    if not difference <= rounding / 4 and not model.uses_own_logits:
+        model.uses_own_logits = True
+        say(f"whole logits: {name_of(model)} makes them from its hidden states in a way of its own; this takes more memory")
+    model.train(was_training)
+
+
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def enable_packing(model, device: torch.device) -> bool:
+    """Switches the model to document_attention; where it can't be packed, leaves it as it was and says why.
+
+    Whether it can is tried: two documents in one row must come out as they do apart, up to a hundredth of what they do
+    when nothing keeps them apart. Models that look at their neighbours otherwise than by attention (state spaces,
+    convolutions) do not pass, nor those whose attention can't be replaced. All ranks must call it.
+    """
+    if not model._supports_attention_backend:
+        say(f"not packed: {name_of(model)} has an attention of its own")
+        return False
+    ids, was_training = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size, model.training
+    both = whole_batch(ids, 8, 24)
+    model.eval()
+    try:
+        apart = torch.cat([model.target_logps(whole_batch(part))[0] for part in ids.split([8, 16], dim=1)])
+        model.set_attn_implementation("documents")
+        packed, _ = model.target_logps(both)
+        mixed, _ = model.target_logps({**both, "document_ends": both["document_ends"][[0, 2]], "longest": 24})
+        problem = "mixes documents" if (packed - apart).abs().max() > 0.01 * (mixed - apart).abs().max() else None
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        problem = f"takes no other attention ({one_line(error)})"
+    model.train(was_training)
+    if problem:
+        model.set_attn_implementation(model.own_attention)
+        say(f"not packed: {name_of(model)} {problem}")
+    return not problem
+
+
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def check_positions(model, device: torch.device, longest: int) -> None:
+    """Raises ModelError where rows of `longest` tokens have no positions, or change those of the rows beside them."""
+    config = model.config.get_text_config()
+    most, ropes = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]:
+        border = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", most)
+        if rope.get("rope_type") in ("longrope", "dynamic") and longest > border:
+            raise ModelError(f"rows are up to {longest:,} tokens long; beyond {border:,} {name_of(model)} turns the positions of "
+                             f"a whole batch by its longest row ({rope['rope_type']} RoPE): model.max_length={border}")
+    if most and longest <= most - 8:  # some lose a few of them
+        return
+
+    ids = torch.full((1, longest), config.vocab_size // 2, device=device)  # which is no padding's
+    try:
+        with WithinTables():
+            model.target_logps(whole_batch(ids))
+        if most and longest > most:
+            say(f"rows are up to {longest:,} tokens long: {name_of(model)} was made for {most:,}")
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ModelError(f"rows are up to {longest:,} tokens long, for which {name_of(model)} has no positions"
+                         f"{f': model.max_length={min(most, longest - 1)} or less' if most else ''}") from error
+
+
+class WithinTables(TorchFunctionMode):
+    """Raises IndexError where an embedding has no such row, by which a GPU would be lost."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.embedding and args[0].max() >= len(args[1]):
+            raise IndexError
+        return function(*args, **(kwargs or {}))
+
+
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def check_padding(model, device: torch.device) -> None:
+    """Raises ModelError where a row comes out otherwise beside a longer one than alone."""
+    ids, was_training = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size, model.training
+    short, long = ids.split([8, 16], dim=1)
+    rows = torch.cat([F.pad(short, (0, 8)), long])
+    targets = torch.cat([torch.arange(1, 8, device=device), torch.arange(17, 32, device=device)])
+    padded = whole_batch(long) | {
+        "target_combined_input_ids": rows, "target_labels": rows, "target_positions": targets,
+        "predicting_positions": targets - 1, "n_documents": 2,
+        "target_combined_attention_mask": torch.tensor([[1] * 8 + [0] * 8, [1] * 16], device=device)}
+    model.eval()
+    apart = torch.cat([model.target_logps(whole_batch(part))[0] for part in (short, long)])
+    difference = (model.target_logps(padded)[0] - apart).nan_to_num().abs().max().item()
+    model.train(was_training)
+    size = apart.nan_to_num(posinf=0, neginf=0).abs().max().item()
+    if difference > (1e-3 if compute_dtype(device) == torch.float32 else 0.05) * (1 + size):
+        raise ModelError(f"{name_of(model)}: padding changes its numbers, and its rows can't be packed")
