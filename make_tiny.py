@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 sft.py --config configs/tiny.py
 
 Letters to work on are capitals and everything else is lower case, so that a tokenizer trained on the words of the
-instructions alone spells the letters (and the digits) one by one, which is what reversing and counting them needs.
+instructions alone spells the letters (and the digits) one by one, which is what reversing and sorting them needs.
 """
 
 import json
@@ -39,9 +39,9 @@ def sort(rng):
     return f"sort {digits}", "".join(sorted(digits))
 
 
-def count(rng):
-    letter, word = letters(rng, 1, 1, "ABC"), letters(rng, 3, 5, "ABC")
-    return f"count {letter} in {word}", str(word.count(letter))
+def first(rng):
+    word = letters(rng, 3, 8)
+    return f"first letter of {word}", word[0]
 
 
 def date(rng):
@@ -64,7 +64,7 @@ def last(rng):
     return f"last letter of {word}", word[-1]
 
 
-SKILLS = [larger, reverse, sort, count, date, replace, double, last]
+SKILLS = [larger, reverse, sort, first, date, replace, double, last]
 
 
 def make_rows(n_train: int, n_test: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
