@@ -1,7 +1,7 @@
 """FINAL is the base's folder with other weights: what a run did not change is the base's own, byte for byte.
 
 So an engine reads FINAL as it reads the base, with whatever version of transformers. Where there is no base to copy from, because
-the model is new or has new tokens, it is what transformers writes, with the keys beside it that older versions look for.
+the model or its tokenizer is new, it is what transformers writes, with the keys beside it that older versions look for.
 """
 
 import json
@@ -108,8 +108,9 @@ def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]],
     for part in others:
         files.append(folder / f"part-{len(files)}.safetensors")
         save_file(part, files[-1], metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    if names:  # else save_pretrained has written them
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
     if len(files) == 1:
         files[0].rename(folder / "model.safetensors")
         return
@@ -124,13 +125,15 @@ def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]],
 
 def rounding(model, dtype: str) -> Callable[[str], torch.dtype]:
     """Returns what tells a weight's dtype from its name: the one named, or that of the base's file, or else the base's usual."""
+    if dtype:
+        return lambda name: getattr(torch, dtype)
     dtypes = {}
     for file in {file for file, _ in model.weight_files.values()}:
         with safe_open(file, "pt") as tensors:
             dtypes |= {name: DTYPES[tensors.get_slice(written).get_dtype()]
                        for name, (other, written) in model.weight_files.items() if other == file}
     usual = max(dtypes.values(), key=[*dtypes.values()].count, default=model.base_dtype or torch.float32)
-    return lambda name: getattr(torch, dtype) if dtype else dtypes.get(name, usual)
+    return lambda name: dtypes.get(name, usual)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def finish_folder(folder: Path, model, tokenizer, settings: dict) -> None:
                 if file := find_file(base, name, cache_dir):
                     shutil.copyfile(file, folder / name)
         else:
-            add_flat_keys(folder / "config.json", model)
+            add_flat_keys(folder / "config.json")
     source = config["tokenizer_name_or_path"] or config["name_or_path"]
     originals = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name, cache_dir))}
     if len(tokenizer) == tokenizer.size_as_loaded:
@@ -199,7 +202,7 @@ def config_changes(config: dict, model, dtype: str) -> dict:
     return {**changes, "quantization_config": None}
 
 
-def add_flat_keys(file: Path, model) -> None:
+def add_flat_keys(file: Path) -> None:
     """Adds what transformers 4 and converters look for, beside the forms of transformers 5."""
     config = read_json(file)
     rope = config.get("rope_parameters") or {}

@@ -172,7 +172,7 @@ def find_linears(model) -> dict[str, nn.Linear]:
     which two adapters could not be merged), none whose adapter PEFT could not find in a file, and of a state space (Gu & Dao
     2023) the way in alone: the kernels that a GPU runs it with read its other weights themselves.
     """
-    head, found = model.get_output_embeddings(), {}
+    head, found, renamings = model.get_output_embeddings(), {}, get_renamings(model)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         state_space = {"A_log", "D"} <= {own for own, _ in module.named_parameters(recurse=False)}
@@ -181,7 +181,8 @@ def find_linears(model) -> dict[str, nn.Linear]:
             if not isinstance(child, nn.Linear) or child is head or uses[id(child.weight)] > 1 or not is_plain(child):
                 continue
             adapter = f"{full}.lora_A.weight"
-            if name_in_model(model, name_in_files(model, adapter)) == adapter and (child_name == "in_proj" or not state_space):
+            is_found = name_in_model(renamings, name_in_files(renamings, adapter)) == adapter
+            if is_found and (child_name == "in_proj" or not state_space):
                 found[full] = child
     return found
 
@@ -227,7 +228,8 @@ def save_adapter(folder: Path, model, weights: dict[str, torch.Tensor]) -> None:
     for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
         if source in trained:
             trained[tied] = trained[source].clone()  # PEFT looks for both
-    save_file({f"base_model.model.{name_in_files(model, name)}": tensor.contiguous() for name, tensor in trained.items()},
+    renamings = get_renamings(model)
+    save_file({f"base_model.model.{name_in_files(renamings, name)}": tensor.contiguous() for name, tensor in trained.items()},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -252,16 +254,16 @@ def last_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def name_in_files(model, name: str) -> str:
+def name_in_files(renamings: list[WeightRenaming], name: str) -> str:
     """Returns a weight's name in an adapter's file, whose names PEFT turns into the model's as those of a checkpoint's are."""
-    for renaming in get_renamings(model):
+    for renaming in renamings:
         if renaming.rename_source_key(name)[0] != name:  # it would be renamed once more
             name = renaming.reverse_transform().rename_source_key(name)[0]
     return name
 
 
-def name_in_model(model, name: str) -> str:
-    for renaming in get_renamings(model):
+def name_in_model(renamings: list[WeightRenaming], name: str) -> str:
+    for renaming in renamings:
         name = renaming.rename_source_key(name)[0]
     return name
 
@@ -286,7 +288,8 @@ def load_adapter(model, folder: str, lora_dropout: float, n_new_rows: int = 0) -
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         unsupported.append("init_lora_weights")  # these change the base's weights too
-    weights = {name_in_model(model, name.removeprefix("base_model.model.")): tensor for name, tensor in weights.items()}
+    renamings = get_renamings(model)
+    weights = {name_in_model(renamings, name.removeprefix("base_model.model.")): tensor for name, tensor in weights.items()}
     plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
     if not plain or unsupported or r < 1 or not lora_names(weights):
         what = ", ".join(unsupported) or "adapter_config.json"

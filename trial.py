@@ -1,6 +1,8 @@
 """What a run takes for granted of a model is tried before the first step: its head, causality, positions, packing, padding."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +38,10 @@ def check_gradients(model, device: torch.device, filled: bool = True) -> None:
     """
     if not filled:
         return
-    ids, was_training = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size, model.training
     check_head(model, device)
-    model.train()
     try:
-        model.target_logps(whole_batch(ids))[0].sum().backward()
+        with in_mode(model, training=True):
+            model.target_logps(whole_batch(first_ids(model, device, 24)))[0].sum().backward()
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{name_of(model)} can't be trained here: {one_line(error)}") from error
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -51,9 +52,24 @@ def check_gradients(model, device: torch.device, filled: bool = True) -> None:
             if ".lora_B." in name:
                 trained[name].data.zero_()  # not to be merged, if it came from elsewhere
     model.zero_grad()
-    model.train(was_training)
     if idle:
         say(f"no gradient reaches {len(idle)} of {len(trained)} weights, which stay as they are; the first is {idle[0]}")
+
+
+def first_ids(model, device: torch.device, n: int) -> torch.Tensor:
+    """Returns the ids (1, n) of the vocabulary's first tokens, for a trial."""
+    return torch.arange(n, device=device)[None] % model.config.get_text_config().vocab_size
+
+
+@contextlib.contextmanager
+def in_mode(model, training: bool) -> Iterator[None]:
+    """Has the model in training or in evaluation, and then as it was."""
+    was_training = model.training
+    try:
+        model.train(training)
+        yield
+    finally:
+        model.train(was_training)
 
 
 def whole_batch(ids: torch.Tensor, *ends: int) -> dict:
@@ -78,24 +94,23 @@ def check_head(model, device: torch.device) -> None:
     That is tried, in the precision that the run computes in. Raises ModelError where a token's logits depend on later tokens,
     of which no loss of the next token makes sense. All ranks must call it.
     """
-    ids, was_training = torch.arange(48, device=device)[None] % model.config.get_text_config().vocab_size, model.training
+    ids = first_ids(model, device, 48)
     other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
-    model.eval()
-    logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
-    own = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-    # Sums in another order differ by some roundings of what is summed; what a head does to its logits, by far more
-    size = logits.nan_to_num(posinf=0, neginf=0).abs().max().item()
-    rounding = (1e-5 if compute_dtype(device) == torch.float32 else 1e-2) * (1 + size)
-    if (moved - logits).nan_to_num().abs().max().item() > rounding:  # weights that are not finite are the loop's to find
-        raise ModelError(f"{name_of(model)}: its logits depend on later tokens: no causal language model")
-    try:
-        difference = (model.target_logps(whole_batch(ids))[0] - own).nan_to_num().square().mean().sqrt().item()
-    except (AttributeError, TypeError, RuntimeError):
-        difference = math.inf
+    with in_mode(model, training=False):
+        logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
+        # Sums in another order differ by some roundings of what is summed; what a head does to its logits, by far more
+        size = logits.nan_to_num(posinf=0, neginf=0).abs().max().item()
+        rounding = (1e-5 if compute_dtype(device) == torch.float32 else 1e-2) * (1 + size)
+        if (moved - logits).nan_to_num().abs().max().item() > rounding:  # weights that are not finite are the loop's to find
+            raise ModelError(f"{name_of(model)}: its logits depend on later tokens: no causal language model")
+        own = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        try:
+            difference = (model.target_logps(whole_batch(ids))[0] - own).nan_to_num().square().mean().sqrt().item()
+        except (AttributeError, TypeError, RuntimeError):
+            difference = math.inf
     if not difference <= rounding / 4 and not model.uses_own_logits:
         model.uses_own_logits = True
         say(f"whole logits: {name_of(model)} makes them from its hidden states in a way of its own; this takes more memory")
-    model.train(was_training)
 
 
 @torch.compiler.set_stance("force_eager")
@@ -110,22 +125,26 @@ def enable_packing(model, device: torch.device) -> bool:
     if not model._supports_attention_backend:
         say(f"not packed: {name_of(model)} has an attention of its own")
         return False
-    ids, was_training = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size, model.training
+    ids = first_ids(model, device, 24)
     both = whole_batch(ids, 8, 24)
-    model.eval()
     try:
-        apart = torch.cat([model.target_logps(whole_batch(part))[0] for part in ids.split([8, 16], dim=1)])
-        model.set_attn_implementation("documents")
-        packed, _ = model.target_logps(both)
-        mixed, _ = model.target_logps({**both, "document_ends": both["document_ends"][[0, 2]], "longest": 24})
+        with in_mode(model, training=False):
+            apart = logps_apart(model, ids)
+            model.set_attn_implementation("documents")
+            packed, _ = model.target_logps(both)
+            mixed, _ = model.target_logps({**both, "document_ends": both["document_ends"][[0, 2]], "longest": 24})
         problem = "mixes documents" if (packed - apart).abs().max() > 0.01 * (mixed - apart).abs().max() else None
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         problem = f"takes no other attention ({one_line(error)})"
-    model.train(was_training)
     if problem:
         model.set_attn_implementation(model.own_attention)
         say(f"not packed: {name_of(model)} {problem}")
     return not problem
+
+
+def logps_apart(model, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probabilities in two documents, of 8 ids and of the rest, each computed alone."""
+    return torch.cat([model.target_logps(whole_batch(part))[0] for part in ids.split([8, ids.shape[1] - 8], dim=1)])
 
 
 @torch.compiler.set_stance("force_eager")
@@ -166,7 +185,7 @@ class WithinTables(TorchFunctionMode):
 @torch.no_grad()
 def check_padding(model, device: torch.device) -> None:
     """Raises ModelError where a row comes out otherwise beside a longer one than alone."""
-    ids, was_training = torch.arange(24, device=device)[None] % model.config.get_text_config().vocab_size, model.training
+    ids = first_ids(model, device, 24)
     short, long = ids.split([8, 16], dim=1)
     rows = torch.cat([F.pad(short, (0, 8)), long])
     targets = torch.cat([torch.arange(1, 8, device=device), torch.arange(17, 32, device=device)])
@@ -174,10 +193,9 @@ def check_padding(model, device: torch.device) -> None:
         "target_combined_input_ids": rows, "target_labels": rows, "target_positions": targets,
         "predicting_positions": targets - 1, "n_documents": 2,
         "target_combined_attention_mask": torch.tensor([[1] * 8 + [0] * 8, [1] * 16], device=device)}
-    model.eval()
-    apart = torch.cat([model.target_logps(whole_batch(part))[0] for part in (short, long)])
-    difference = (model.target_logps(padded)[0] - apart).nan_to_num().abs().max().item()
-    model.train(was_training)
+    with in_mode(model, training=False):
+        apart = logps_apart(model, ids)
+        difference = (model.target_logps(padded)[0] - apart).nan_to_num().abs().max().item()
     size = apart.nan_to_num(posinf=0, neginf=0).abs().max().item()
     if difference > (1e-3 if compute_dtype(device) == torch.float32 else 0.05) * (1 + size):
         raise ModelError(f"{name_of(model)}: padding changes its numbers, and its rows can't be packed")

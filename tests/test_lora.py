@@ -37,7 +37,7 @@ from export import save_model, write_gathered
 from fsdp_utils import ModelError, clip_gradients, end_process, init_processes, make_mesh, shard_model
 from logps import target_logps
 from lora import NEW_ROWS, LoRALinear, add_lora, draw_kept, load_adapter, merge_in_place, merge_lora, save_adapter
-from make_tiny import make_rows, train_tokenizer
+from make_tiny import train_tokenizer
 from model_utils import load_model, load_tokenizer
 from rows import list_files
 from sft import get_batch_metrics, make_optimizer
@@ -657,6 +657,14 @@ CHANGES = {"llama": {}, "tied": {"tie_word_embeddings": True}, "phi": {}, "gpt_n
 CHATML = """\
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+ROWS = [{"prompt": prompt, "completion": completion} for prompt, completion in (
+    ("add 12 and 13", "25"), ("reverse GNK", "KNG"), ("sort 93821", "12389"), ("count B in BBBBA", "4"),
+    ("day after 24 february", "25 february"), ("replace C by Y in CBD", "YBD"), ("double each letter of ZMW", "ZZMMWW"),
+    ("last letter of BXXCV", "V"), ("add 20 and 0", "20"), ("reverse VISSBX", "XBSSIV"), ("sort 2984", "2489"),
+    ("count B in ABBBBB", "5"), ("day after 18 october", "19 october"), ("replace B by X in BBBD", "XXXD"),
+    ("double each letter of MCTW", "MMCCTTWW"), ("last letter of VXY", "Y"), ("add 17 and 12", "29"),
+    ("reverse NGFRV", "VRFGN"), ("sort 546997", "456799"), ("count A in ABB", "1"), ("day after 1 april", "2 april"),
+    ("replace A by Y in BEAA", "BEYY"), ("double each letter of BOX", "BBOOXX"), ("last letter of PBDEVDC", "C"))]
 N_NEW = 5  # tokens that the tokenizer has and the models in */new do not
 
 
@@ -664,9 +672,8 @@ N_NEW = 5  # tokens that the tokenizer has and the models in */new do not
 def world(tmp_path_factory) -> Path:
     """A folder with train.jsonl, a tokenizer, and models in full/KIND and, with fewer tokens than the tokenizer, new/KIND."""
     folder = tmp_path_factory.mktemp("lora")
-    rows, _ = make_rows(24, 0, seed=1)
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_tokenizer(rows, folder)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    train_tokenizer(ROWS, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"chat_template": CHATML, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -1103,9 +1110,8 @@ def test_merged_from_shards_is_base_and_adapter_in_peft(trained, name):
 def test_a_bf16_base_trains_as_an_fp32_one_up_to_its_rounding(trained, name):
     for own, its in zip(result(trained, name)["steps"], peft_training(trained, name), strict=True):
         assert own["loss"].item() == pytest.approx(its["loss"].item(), rel=0.01)
-        error, whole = (torch.stack([grad.norm() for grad in grads]).norm() for grads in (
-            [own["grads"][key] - grad for key, grad in its["grads"].items()], its["grads"].values()))
-        assert error <= 0.1 * whole  # of one small matrix it may be more
+        for key, grad in its["grads"].items():
+            assert (own["grads"][key] - grad).norm() <= 0.1 * grad.norm(), key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
