@@ -1,6 +1,7 @@
 """Whole or absent: the checkpoints that a run leaves on the disk, and which of them may be resumed."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import hashlib
@@ -11,11 +12,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -109,6 +112,8 @@ def started(run_dir: Path) -> str:
 # Checkpoints: every rank writes its own shards as safetensors, and any number of ranks goes on from them
 
 MANIFEST = "checkpoint.json"  # lists each file's size and checksum; written last, it is what makes a folder a checkpoint
+FILE_SIZE = 2 ** 28  # bytes, after which a rank begins another file
+N_FILES = 4  # are written or read at once: the disk works while checksums are made. Of a GPU's, so many are in the host's memory
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -124,22 +129,46 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
     Raises CheckpointError on all ranks where one of them can't write.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     with written_whole(folder) as partial:
         with failing_together(CheckpointError):
             for file in copies if rank == 0 else ():
                 shutil.copy(file, partial)
-        tensors, file_of, size = training_state(model, optimizer), {}, 0
-        for name, tensor in tensors.items():  # a file is made in memory before it is written: 1 GB at a time
-            file_of[name] = size // 2 ** 30 + 1
-            size += tensor.nbytes // world_size
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True))
-        with failing_together(CheckpointError):
-            mine = {file.name: [file.stat().st_size, checksum(file)] for file in sorted(partial.iterdir())[rank::world_size]}
-        files = {name: facts for share in gather_all(mine) for name, facts in share.items()}
+            mine = {file.name: facts_of(file) for file in partial.iterdir()} if rank == 0 else {}
+        writer = ShardWriter(str(partial), save_distributed=True)
+        dcp.save(training_state(model, optimizer), storage_writer=writer)
+        files = {name: facts for share in gather_all(mine | writer.files) for name, facts in share.items()}
         if rank == 0:
-            manifest = state | {"world_size": world_size, "files": dict(sorted(files.items()))}
+            manifest = state | {"world_size": dist.get_world_size(), "files": dict(sorted(files.items()))}
             (partial / MANIFEST).write_text(json.dumps(manifest | {"sha256": checksum(manifest)}, indent=2))
+
+
+class ShardWriter(HuggingFaceStorageWriter):
+    """Writes what torch's own does, but straight from the tensors, where that one makes each file in memory first, and in
+    threads that raise what fails in them. `files` is {name: [size, checksum]} of this rank's, which are on the disk then.
+    """
+
+    def write_data(self, plan, planner):
+        files, size = [], FILE_SIZE
+        for item in plan.items:
+            if size >= FILE_SIZE:
+                files, size = [*files, {}], 0
+            shard = planner.resolve_data(item).detach()
+            files[-1][item.index.fqn] = shard, list(item.tensor_data.chunk.offsets)
+            size += shard.nbytes
+        paths = [Path(self.path, f"rank-{dist.get_rank():05}-{i:05}.safetensors") for i in range(len(files))]
+        with ThreadPoolExecutor(N_FILES) as pool:
+            self.files = {path.name: facts for path, facts in zip(paths, pool.map(write_shards, paths, files))}
+        return super().write_data(dataclasses.replace(plan, items=[]), planner)  # which has nothing left to write
+
+
+def write_shards(file: Path, shards: dict[str, tuple[torch.Tensor, list[int]]]) -> list:
+    """Writes {name: (shard, where in the whole tensor it begins)} to the disk; returns [size, checksum]."""
+    begins = {name: {"saved_offsets": begin} for name, (_, begin) in shards.items()}
+    save_file({name: shard for name, (shard, _) in shards.items()}, file, {"DCP_SHARDING_INFO": json.dumps(begins)})
+    file.chmod(file.parent.stat().st_mode & 0o666)  # as the umask asks for: safetensors writes for the owner alone
+    sync(file)
+    return facts_of(file)
 
 
 def load_checkpoint(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -150,7 +179,7 @@ def load_checkpoint(folder: Path | None, model: nn.Module, optimizer: torch.opti
     if not folder:
         return
     with failing_together(CheckpointError, f"{folder}: does not fit the model"):
-        tensors, reader = training_state(model, optimizer), HuggingFaceStorageReader(str(folder))
+        tensors, reader = training_state(model, optimizer), HuggingFaceStorageReader(str(folder), thread_count=N_FILES)
         if others := reader.read_metadata().state_dict_metadata.keys() - tensors.keys():
             raise ValueError(f"it holds {min(others)}, which the model has not")
         dcp.load(tensors, storage_reader=reader)
@@ -213,7 +242,10 @@ def damaged_files(folder: Path) -> list[str]:
         files = sorted(read_manifest(folder)["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [MANIFEST]
-    return [name for name, facts in files[dist.get_rank()::dist.get_world_size()] if not is_whole(folder / name, *facts)]
+    files = files[dist.get_rank()::dist.get_world_size()]
+    with ThreadPoolExecutor(N_FILES) as pool:
+        whole = pool.map(lambda item: is_whole(folder / item[0], item[1]), files)
+        return [name for (name, _), as_it_was in zip(files, whole) if not as_it_was]
 
 
 def read_manifest(folder: Path) -> dict:
@@ -223,11 +255,15 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def is_whole(file: Path, size: int, expected: str) -> bool:
+def is_whole(file: Path, facts: list) -> bool:
     try:
-        return file.stat().st_size == size and checksum(file) == expected
+        return facts_of(file) == facts
     except OSError:
         return False
+
+
+def facts_of(file: Path) -> list:
+    return [file.stat().st_size, checksum(file)]
 
 
 def checksum(content: Path | dict) -> str:

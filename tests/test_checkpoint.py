@@ -17,11 +17,19 @@ from multiprocessing import connection
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, launch, process_of_one, write_model
 from forked import Forked, run_file, run_forked, run_ranks, run_script, run_well
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import checkpoint
 from benchmarks.kill import family, kill_family, read_records
 from checkpoint import (
     CheckpointError,
@@ -31,7 +39,9 @@ from checkpoint import (
     load_checkpoint,
     lock,
     prune_checkpoints,
+    save_checkpoint,
     started,
+    training_state,
 )
 from configs.base import ModelConfig
 from fsdp_utils import end_process, init_processes, make_mesh, shard_model
@@ -282,7 +292,7 @@ def flip(file: Path, place: int) -> None:
     file.write_bytes(content)
 
 
-FILES = ["checkpoint.json", "metrics.jsonl", *(f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))]
+FILES = ["checkpoint.json", "metrics.jsonl", "rank-00000-00000.safetensors", "rank-00001-00000.safetensors"]
 DAMAGES = {"a bit": lambda file: flip(file, file.stat().st_size // 2), "the last bit": lambda file: flip(file, -2),
            "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]), "longer": lambda file: file.open("a").write("0"),
            "empty": lambda file: file.write_bytes(b""), "gone": lambda file: file.unlink(),
@@ -331,7 +341,7 @@ OTHERS = {  # name → (what is another's, what is said of it)
     "tied": ({"tie_word_embeddings": True}, "it holds lm_head.weight, which the model has not")}
 
 
-def load_into_others(folder: Path, checkpoint: Path, errors: Path) -> None:
+def load_into_others(folder: Path, saved: Path, errors: Path) -> None:
     rank, _, device = init_processes()
     config = json.loads((folder / "model/config.json").read_text())
     known = {key: config[key] for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "attention_bias",
@@ -342,7 +352,7 @@ def load_into_others(folder: Path, checkpoint: Path, errors: Path) -> None:
         shard_model(model, make_mesh(device), "target_logps")
         optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
         try:
-            load_checkpoint(checkpoint, model, optimizer)
+            load_checkpoint(saved, model, optimizer)
         except CheckpointError as error:
             texts[name] = str(error)
     (errors / f"{rank}.json").write_text(json.dumps(texts))
@@ -358,6 +368,78 @@ def test_a_checkpoint_of_another_model_is_refused(folder, straight, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_many_files(folder: Path) -> None:
+    """What 2 x 2 ranks save, in files of a few shards: by save_checkpoint, by torch alone, and where one of them can't write."""
+    os.umask(0o027)
+    rank, _, device = init_processes()
+    checkpoint.FILE_SIZE = 4000
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY))
+    model.model.layers[1].odd = nn.Parameter(torch.randn(1, 3).bfloat16())  # of which the second shard is empty
+    shard_model(model, make_mesh(device, replicas=2))
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
+    torch.manual_seed(rank % 2)  # a shard has a replica on another rank
+    for parameter in model.parameters():
+        gradient = torch.randn_like(parameter.to_local())
+        parameter.grad = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, shape=parameter.shape,
+                                            stride=parameter.stride())
+    optimizer.step()
+    state = training_state(model, optimizer)
+    locals_ = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    saved = {name: tensor.detach().clone() for name, tensor in locals_.items()}
+    save_checkpoint(folder / "ours", model, optimizer, {"step": 1})
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder / "torch"), save_distributed=True))
+    for name in ("ours", "torch"):
+        for tensor in locals_.values():
+            tensor.detach().fill_(7)
+        load_checkpoint(folder / name, model, optimizer)
+        assert saved.keys() == training_state(model, optimizer).keys()
+        for key, tensor in locals_.items():
+            assert tensor.dtype == saved[key].dtype and torch.equal(tensor, saved[key]), (name, key)
+
+    limit = max(file.stat().st_size for file in (folder / "ours").glob("rank-00001-*")) - 1
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError, match="full: can't be written: .*File too large") as error:
+        save_checkpoint(folder / "full", model, optimizer, {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    (folder / f"error-{rank}").write_text(str(error.value))
+    end_process()
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 33, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 51}
+
+
+def shards_in(folder: Path) -> dict[tuple, torch.Tensor]:
+    """{(name, where it begins): shard}, each of which must be there once, the empty ones aside."""
+    shards = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            begins = json.loads(tensors.metadata()["DCP_SHARDING_INFO"])
+            for name in tensors.keys():
+                place = name, *begins[name]["saved_offsets"]
+                assert place not in shards or not tensors.get_tensor(name).numel()
+                shards[place] = tensors.get_tensor(name)
+    return shards
+
+
+def test_many_files_hold_what_torch_s_own_writer_writes(tmp_path):
+    """Also what is uneven, empty, bf16 or a scalar; and either is loaded. A rank's full disk is an error on all."""
+    run_ranks(4, write_many_files, tmp_path)
+    own, its = shards_in(tmp_path / "ours"), shards_in(tmp_path / "torch")
+    assert own.keys() == its.keys() and all(own[key].dtype == its[key].dtype and torch.equal(own[key], its[key]) for key in its)
+    assert {tensor.dtype for tensor in own.values()} == {torch.float32, torch.bfloat16}
+    for rank in range(4):
+        files = [*tmp_path.glob(f"ours/rank-0000{rank}-*.safetensors")]
+        assert len(files) > 2 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
+    assert len({(tmp_path / f"error-{rank}").read_text() for rank in range(4)}) == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("full")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Refused
 
 
@@ -366,7 +448,7 @@ def refused(folder, straight) -> dict:
     changed = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     changed[3]["completion"] += "E"
     (folder / "changed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
-    for file in copy_of(straight, "damaged", "FINAL").rglob("shard-00001*"):
+    for file in copy_of(straight, "damaged", "FINAL").rglob("rank-00000-*"):
         file.write_bytes(b"")
     copy_of(straight, "rewound")
     (folder / "a file").write_text("")

@@ -542,7 +542,7 @@ def test_exported_weights_are_the_trained_ones_bit_for_bit(folder, results, worl
 @kinds
 def test_a_checkpoint_replaces_what_was_there(folder, results, world, kind):
     saved = folder / f"{world}-ranks-{kind}/checkpoints/step-1"
-    names = [f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in range(1, world + 1)]
+    names = [f"rank-{rank:05}-00000.safetensors" for rank in range(world)]
     assert sorted(path.name for path in saved.iterdir()) == sorted([f"{world}-ranks-{kind}.json", "checkpoint.json", *names])
     assert [path.name for path in saved.parent.iterdir()] == ["step-1"]
     manifest = json.loads((saved / "checkpoint.json").read_text())
