@@ -1,5 +1,6 @@
 """Attention over packed documents: one after the other in a single row, each of which sees only itself."""
 
+import inspect
 import math
 
 import torch
@@ -10,6 +11,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+SHARES_HEADS = varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11's does not
 
 
 def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, softcap=None,
@@ -28,9 +30,12 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in range(8, 257, 8)
     if query.is_cuda and varlen_attn and fits and not softcap and s_aux is None and not dropout:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if groups > 1 and not SHARES_HEADS:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        options = {"enable_gqa": True} if groups > 1 and SHARES_HEADS else {}
         window = (sliding_window - 1 if sliding_window else -1, 0)  # none to the right: causal
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window)
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window,
+                          **options)
         return out.unsqueeze(0), None
     return attend_apart(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap, s_aux), None
 
@@ -63,8 +68,9 @@ def attend_apart(query, key, value, ends, dropout, scaling, sliding_window, soft
 
 def mask_of_documents(*args, q_length: int, kv_length: int, local_size: int | None = None, **kwargs) -> torch.Tensor | None:
     """What a model gets for a mask, and hands on to document_attention, which knows better: nothing, or where it has a window,
-    zeros that take no memory, (1, window, Q, K). They can be sliced as a mask can, and tell the window if the model does not."""
-    return torch.zeros(()).expand(1, local_size, q_length, kv_length) if local_size else None
+    zeros that take no memory, (1, window, Q, K). They can be sliced as a mask can, and tell the window if the model does not;
+    and are no floats, which FSDP2 would write out in the dtype that blocks compute in."""
+    return torch.zeros((), dtype=torch.bool).expand(1, local_size, q_length, kv_length) if local_size else None
 
 
 transformers.AttentionInterface.register("documents", document_attention)

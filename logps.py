@@ -33,8 +33,8 @@ def target_logps(model, batch: dict, fuse: bool = False) -> tuple[torch.Tensor, 
         logps = linear_logps(hidden, weight_of(head), labels, head.bias, scale, softcap, uniform=True, fuse=fuse)
     if not (getattr(config, "output_router_logits", False) and config.router_aux_loss_coef and batch["n_documents"]):
         return logps, 0.0
-    lengths = mask.sum(1) if ends is None else ends.diff()
-    router_logits = torch.stack(output.router_logits)[:, mask.flatten().bool()]  # without the padding
+    lengths, router_logits = ends.diff() if ends is not None else mask.sum(1), torch.stack(output.router_logits)
+    router_logits = router_logits if ends is not None else router_logits[:, mask.flatten().bool()]  # without the padding
     return logps, config.router_aux_loss_coef * balance_loss(router_logits, config.num_experts_per_tok, lengths)
 
 
@@ -65,7 +65,8 @@ def balance_loss(router_logits: torch.Tensor, top_k: int, lengths: torch.Tensor)
     probabilities = router_logits.float().softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k).indices, 1.0)
     per_token = torch.stack([chosen, probabilities]).mean(1)  # over the layers: (2, T, E)
-    documents = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    documents = torch.arange(len(lengths), device=lengths.device)
+    documents = documents.repeat_interleave(lengths, output_size=router_logits.shape[1])  # known, so that nobody need wait for it
     chosen, probabilities = per_token.new_zeros(2, len(lengths), per_token.shape[2]).index_add(1, documents, per_token)
     return per_token.shape[2] * (chosen * probabilities / lengths[:, None]).sum()
 
@@ -222,4 +223,5 @@ def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
     budget = (512 if hidden.is_cuda else 96) << 20  # bytes of fp32 logits
     most = max(256, budget // (4 * vocabulary) // 128 * 128)
     n_rows = max(1, len(hidden))
-    return math.ceil(n_rows / math.ceil(n_rows / most))  # so that the last is not a small one
+    size = math.ceil(n_rows / math.ceil(n_rows / most))  # so that the last is not a small one
+    return min(n_rows, math.ceil(size / 128) * 128)  # matmuls are made of tiles of as many

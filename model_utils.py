@@ -105,6 +105,12 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
 
+    model.weight_files, model.kept_weights, model.base_dtype = weight_files, kept, base_dtype
+    return set_up(model, tokenizer, stop_ids, old_size, fuse)
+
+
+def set_up(model, tokenizer, stop_ids: list[int], old_size: int, fuse: bool):
+    """Gives a model, which had old_size rows of embeddings before it grew, what the other modules read of it; returns it."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers 5.17's sdpa leaves the softcap out
     generation = model.generation_config
@@ -116,7 +122,6 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
     model.target_logps = functools.partial(target_logps, model, fuse=fuse)
     model.given_weights = set()  # by an adapter, and not to be read from the files
     model.uses_own_logits = False  # until check_head finds that it must
-    model.weight_files, model.kept_weights, model.base_dtype = weight_files, kept, base_dtype
     model.n_new_rows = model.get_input_embeddings().num_embeddings - old_size  # of its embeddings, for tokens new to it
     model.own_attention = model.config._attn_implementation
     return model
@@ -300,11 +305,18 @@ def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch
 def ready_to_generate(model, settings: GenerationConfig) -> Iterator[None]:
     """Puts the model into evaluation, with these settings alone, and with its own attention: the packed one knows no cache."""
     was_training, own_settings, attention = model.training, model.generation_config, model.config._attn_implementation
+    config = model.config.get_text_config()
+    routers = getattr(config, "output_router_logits", None)
     try:
         model.eval().generation_config = settings  # in the place of the model's own, whose penalties would make greedy less so
         model.set_attn_implementation(model.own_attention)
-        yield
+        if routers:
+            config.output_router_logits = False  # transformers' balancing loss takes no cache
+        with torch.compiler.set_stance("force_eager"):  # else the few times that a block is compiled anew go to answers' lengths
+            yield
     finally:
+        if routers:
+            config.output_router_logits = routers
         model.generation_config = own_settings
         model.train(was_training).set_attn_implementation(attention)
 

@@ -74,8 +74,8 @@ def get_batch_metrics(model: nn.Module, batch: dict, mode: str, global_target_co
     logps, balance = model.target_logps(batch)
     nll = -logps.sum()
     metrics = {f"loss/{mode}": (nll, len(logps)), f"logps/{mode}": (-nll, batch["n_documents"])}
-    metrics = {key: torch.stack([total.detach().double(), total.new_tensor(count, dtype=torch.float64)])
-               for key, (total, count) in metrics.items()}
+    metrics = {key: torch.stack([total.detach().double(), torch.full_like(total, count, dtype=torch.float64)])
+               for key, (total, count) in metrics.items()}  # filled on the device: the host need not wait
     return nll / global_target_count + balance / batch["global_token_count"], metrics
 
 
@@ -154,6 +154,10 @@ def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: s
     model = load_model(config.load_from or config.name_or_path, None if config.load_from else config.random_init, tokenizer,
                        stop_ids, cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
                        fuse=config.compile and device.type == "cuda")
+    return add_adapters(model, config)
+
+
+def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
     if config.load_lora_from:
         load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.n_new_rows)
     elif config.use_peft:
@@ -218,9 +222,9 @@ def main(config: Config) -> None:
                 log.add_microbatch(batch)
             lr = set_lr(optimizer, get_lr(at.step + 1, n_steps, config.warmup, config.lr))
             grad_norm = clip_gradients(model.parameters(), config.model.max_grad_norm).item()
-            sums["signals"] = torch.tensor([len(signals), 1], dtype=torch.float64, device=device)  # one rank's stops them all
+            sums["signals"] = torch.full((2,), len(signals), dtype=torch.float64, device=device)
             means = all_reduce_means(sums)
-            stop = means.pop("signals") > 0 and at.step + 1 < n_steps
+            stop = means.pop("signals") == 1 and at.step + 1 < n_steps  # one rank's stops them all; 0 / 0 where there is none
             skipped = not (math.isfinite(grad_norm) and math.isfinite(means["loss/train"]))  # the same on every rank
             if not skipped:
                 optimizer.step()

@@ -513,16 +513,19 @@ def test_attention_drops_out_in_training_only(kind, rate):
 
 
 @pytest.mark.slow
-def test_blocks_are_not_compiled_anew_for_other_documents():
-    model = make_model("llama")
+def test_blocks_are_compiled_twice_and_neither_for_other_documents_nor_for_answers():
+    model, _ = make_talker()
     assert enable_packing(model, CPU)
+    rng = np.random.default_rng(0)
     batches = [make_documents(lengths) for lengths in ([7, 5], [4, 9, 8], [30], [2, 1, 6, 3, 5])]
+    batches += [make_documents(rng.integers(2, 30, rng.integers(1, 6)).tolist()) for _ in range(16)]
     expected = [results(model, in_a_batch(model, documents, collate_packed)) for documents in batches]
     for block in model.model.layers:
         block.forward = torch.compile(block.forward, backend="eager")  # what is traced, without a C++ compiler
     for i, documents in enumerate(batches):  # the second shows which sizes differ
         with torch.compiler.set_stance("fail_on_recompile" if i >= 2 else "default"):
             assert_same(results(model, in_a_batch(model, documents, collate_packed)), expected[i])
+            generate(model, [[3, 4, 5], [6]], 1 + i % 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,6 +572,12 @@ def make_talker(kind: str = "llama", **changes):
 def test_greedy_answers_are_those_of_transformers_one_by_one_in_the_order_of_the_prompts(kind, batch_size):
     model, expected = make_talker(kind, tie_word_embeddings=False)  # tied, some would say the same token again and again
     assert generate(model, PROMPTS, LENGTH, batch_size) == expected
+
+
+def test_a_mixture_whose_balancing_loss_is_trained_answers_too():
+    model, expected = make_talker("mixtral", output_router_logits=True)
+    assert generate(model, PROMPTS, LENGTH, 3) == expected
+    assert model.config.output_router_logits
 
 
 def test_answers_have_at_most_as_many_tokens_as_are_asked_for():

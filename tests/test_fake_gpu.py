@@ -1,0 +1,147 @@
+"""Every branch that a GPU takes, on GPUs that are not there: nothing raises, the host does not wait, what is sent is as told."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import sft
+import trial
+from checkpoint import training_state
+from configs.base import Config, ModelConfig
+from data import collate_packed, collate_padded, to_device
+from fake_gpu import DEVICE, fake_gpu
+from fsdp_utils import accumulate, all_reduce_means, clip_gradients, find_blocks, gather_in_parts, make_mesh, shard_model
+from model_utils import compute_dtype, generate
+from will_it_fit import NoTokenizer
+
+LLAMA = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128, "tie_word_embeddings": False}
+GEMMA = LLAMA | {"model_type": "gemma2", "head_dim": 32, "sliding_window": 16}
+MIXTURE = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+
+
+class Tokenizer(NoTokenizer):
+    eos_token_id = 2  # other than what is answered, which is all zeros
+
+
+def make_run(n_ranks: int, shape: dict = LLAMA, **settings):
+    """Returns (model, optimizer, packing) as sft.main makes them, having tried what it tries."""
+    config = Config(model=ModelConfig(random_init=shape, **settings))
+    wanted = config.model
+    with DEVICE:
+        model = sft.make_model(wanted, Tokenizer(), [2], ".cache", DEVICE)
+    shard_model(model, make_mesh(DEVICE, wanted.replicas), "target_logps", dtype=compute_dtype(DEVICE),
+                recompute=wanted.activation_checkpointing, offload=wanted.cpu_offload)
+    trial.check_gradients(model, DEVICE)
+    optimizer = sft.make_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.1)
+    return model, optimizer, trial.try_model(model, DEVICE, 64, wanted.packing)
+
+
+def make_batch(packing: bool) -> dict:
+    rows = [(np.random.default_rng(n).integers(3, 256, n), np.arange(n) >= 5) for n in (16, 9, 30)]
+    return {**(collate_packed if packing else collate_padded)(rows, 0), "n_documents": 3, "global_token_count": 55}
+
+
+def take_step(gpu, model, optimizer, packing: bool) -> tuple[list, Counter, list]:
+    """Takes a step of two microbatches as sft.main does; returns (waits of each, waits of the rest, collectives)."""
+    sums, waits = {}, []
+    gpu.collectives.clear()
+    for _ in range(2):
+        gpu.waits.clear()
+        loss, metrics = sft.get_batch_metrics(model, to_device(make_batch(packing), DEVICE), "train", 40)
+        loss.backward()
+        accumulate(sums, metrics)
+        waits.append(Counter(gpu.waits))
+    gpu.waits.clear()
+    clip_gradients(model.parameters(), 1.0).item()
+    sums["signals"] = torch.full((2,), 0, dtype=torch.float64, device=DEVICE)
+    all_reduce_means(sums)
+    optimizer.step()
+    optimizer.zero_grad()
+    return waits, Counter(gpu.waits), list(gpu.collectives)
+
+
+WAYS = {"full": {}, "recomputed": {"activation_checkpointing": True}, "LoRA": {"use_peft": True}, "padded": {"packing": False},
+        "offloaded": {"cpu_offload": True}, "Gemma 2, its scores by hand": {"shape": GEMMA}, "a mixture": {"shape": MIXTURE}}
+WAITING = {"offloaded": "a gradient is waited for before the optimizer takes it up, on the host",
+           "Gemma 2, its scores by hand": "documents are attended to one after the other",
+           "a mixture": "transformers' experts ask how many tokens each has"}
+
+
+@pytest.mark.parametrize("n_ranks", [1, 4, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_raises_nothing_and_waits_once_a_step_for_the_norm_and_once_for_the_log(way, n_ranks):
+    with fake_gpu(n_ranks) as gpu:
+        model, optimizer, packing = make_run(n_ranks, **WAYS[way])
+        assert packing == (way != "padded")
+        for _ in range(2):  # the second has what the first has made
+            in_microbatches, in_rest, _ = take_step(gpu, model, optimizer, packing)
+        if way not in WAITING:
+            assert in_microbatches == [{}, {}]
+            assert in_rest.total() == 2
+        sft.get_batch_metrics(model.eval(), to_device(make_batch(packing), DEVICE), "eval", 40)
+        assert [len(answer) for answer in generate(model, [[3, 4, 5], [6]], 4)][:2] == [4, 4]
+        tensors = training_state(model, optimizer)
+        assert all(tensor.is_cuda != (way == "offloaded") for name, tensor in tensors.items() if not name.endswith("step"))
+        parts = [*gather_in_parts(model, 1e5)]
+        assert all(tensor.device.type == "cpu" for part in parts for tensor in part.values())
+        assert sum(map(len, parts)) == len({*map(id, model.parameters())})
+
+
+def test_what_is_sent_in_a_step_is_what_the_page_tells():
+    """docs/one_process_to_four.md, for a model whose head is not its embedding, on 4 GPUs: bf16 is gathered, fp32 reduced."""
+    with fake_gpu(4) as gpu:
+        model, optimizer, _ = make_run(4)
+        block = sum(parameter.numel() for parameter in find_blocks(model)[0].parameters())
+        rest = sum(parameter.numel() for parameter in model.parameters()) - 4 * block
+        take_step(gpu, model, optimizer, True)
+        _, _, heard = take_step(gpu, model, optimizer, True)
+    weights = [("gather", 2 * rest)] + 4 * [("gather", 2 * block)]
+    back = 4 * [("gather", 2 * block)]
+    assert Counter(heard) == Counter(2 * (weights + back + 4 * [("reduce", 4 * block)] + [("reduce", 4 * rest)])
+                                     + [("all-reduce", 4 * 39), ("all-reduce", 3 * 16)])
+
+
+def test_over_replicas_gradients_are_reduced_within_and_summed_between():
+    with fake_gpu(8) as gpu:
+        model, optimizer, _ = make_run(8, replicas=2)
+        take_step(gpu, model, optimizer, True)
+        waits, rest, heard = take_step(gpu, model, optimizer, True)
+    assert waits == [{}, {}] and rest.total() == 2
+    kinds = Counter(kind for kind, _ in heard)
+    assert kinds["reduce"] == 2 * 5 and kinds["gather"] == 2 * 9
+    assert kinds["all-reduce"] == 2 * 5 + 2  # the gradients of each microbatch, the norm, the log
+
+
+WAITS = {"item": lambda loss: loss.item(), "bool": lambda loss: bool(loss > 3), "tolist": lambda loss: loss.expand(2).tolist(),
+         "cpu": lambda loss: loss.cpu(), "to": lambda loss: loss.to("cpu"), "nonzero": lambda loss: (loss > 0).nonzero(),
+         "a mask": lambda loss: loss.expand(4)[torch.arange(4, device=DEVICE) > 1],
+         "tensor": lambda loss: torch.tensor([1.0, 2.0], device=DEVICE), "new_tensor": lambda loss: loss.new_tensor(3),
+         "synchronize": lambda loss: torch.cuda.synchronize()}
+
+
+@pytest.mark.parametrize("kind", WAITS)
+def test_a_wait_is_heard(kind):
+    with fake_gpu(4) as gpu:
+        model, optimizer, packing = make_run(4)
+        loss, _ = sft.get_batch_metrics(model, to_device(make_batch(packing), DEVICE), "train", 40)
+        gpu.waits.clear()
+        WAITS[kind](loss)
+        assert gpu.waits == {f"test_fake_gpu.py:{WAITS[kind].__code__.co_firstlineno}": 1}
+
+
+def test_tensors_hold_what_they_would():
+    with fake_gpu(1) as gpu:
+        gpu.here.start_anew()
+        a = torch.empty(1000, device=DEVICE)
+        with_view = a[10:].view(-1)
+        b = a + 1
+        assert gpu.here.peak == 8000 and gpu.here.held.total() == 8000
+        del a, b
+        assert gpu.here.held.total() == 4000  # the view's
+        del with_view
+        on_host = torch.empty(10)
+        assert gpu.here.held.total() == 0 and gpu.here.peak == 8000 and gpu.host.held.total() == 40
+        del on_host

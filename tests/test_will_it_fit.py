@@ -1,0 +1,107 @@
+"""The forecast against what real steps take, counted by the allocator of the CPU."""
+
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, run_script, run_well
+from torch.distributed.tensor import DTensor
+
+import sft
+from configs.base import Config, ModelConfig
+from data import to_device
+from fsdp_utils import clip_gradients, init_processes, make_mesh, shard_model
+from trial import enable_packing
+from will_it_fit import NoTokenizer, forecast, make_batches
+
+LLAMA = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 256, "tie_word_embeddings": False}
+WAYS = {"full": {}, "recomputed": {"activation_checkpointing": True}, "LoRA": {"use_peft": True},
+        "several microbatches": {"microbatch_tokens": 256}}
+
+
+def make_config(**settings) -> Config:
+    wanted = {"max_length": 128, "max_prompt_length": 64, "microbatch_tokens": 512, "batch_size": 8} | settings
+    return Config(exp_name="x", model=ModelConfig(random_init=LLAMA, tokenizer_name_or_path="none", **wanted))
+
+
+def held(tensors) -> int:
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
+
+
+def take_steps(rank: int, n_ranks: int, port: int, config: Config) -> int:
+    """Returns the most bytes that tensors hold in a second step, by what torch's profiler hears of the allocator."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    _, _, device = init_processes(timeout_minutes=1)
+    model = sft.make_model(config.model, NoTokenizer(), [2], ".cache", device)
+    shard_model(model, make_mesh(device), "target_logps", recompute=config.model.activation_checkpointing)
+    optimizer = sft.make_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.0)
+    packing = config.model.packing and enable_packing(model, device)
+
+    def step() -> None:
+        for batch in make_batches(config, n_ranks, packing):
+            sft.get_batch_metrics(model, to_device(batch, device), "train", 1)[0].backward()
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    before = held(model.parameters()) + held(model.buffers()) + held(states)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = most = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    dist.destroy_process_group()
+    return before + most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_takes_what_is_foretold(way, n_ranks):
+    config = make_config(**WAYS[way])
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]  # one that is free
+    with multiprocessing.get_context("spawn").Pool(n_ranks) as processes:
+        taken = processes.starmap(take_steps, [(rank, n_ranks, port, config) for rank in range(n_ranks)], chunksize=1)[0]
+    foretold = forecast(config, n_ranks, torch.device("cpu")).peaks["a step"]
+    assert foretold == pytest.approx(taken, rel=1e-3 if n_ranks == 1 else 0.01)  # what is sent is held until then
+
+
+def test_what_stays_from_step_to_step_is_the_sum_of_its_parts():
+    n = 2 * 4096 * 128 + 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128) + 128
+    for n_ranks in (1, 4):
+        told = forecast(make_config(), n_ranks)
+        assert told.n_parameters == n and told.checkpoint == 12 * n
+        assert told.parts["optimizer"] == pytest.approx(8 * n / n_ranks, rel=1e-3)
+        assert told.parts["weights"] == pytest.approx(4 * n / n_ranks, rel=1e-3)
+    squares = 6 * 128 * 128 ** 2 * 4
+    body = 6 * 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
+    assert told.flops == 8 * (128 * (body + 6 * 4096 * 128 / 2) + squares)
+
+
+def test_answers_new_tokens_and_offloading_are_seen():
+    plain = forecast(make_config(), 2)
+    config = make_config()
+    config.n_eval_answers = 4
+    assert forecast(config, 2).peaks["answers"] > 0 and "answers" not in plain.peaks
+    offloaded = forecast(make_config(cpu_offload=True), 2)
+    assert offloaded.peaks["a step"] < plain.peaks["a step"] and offloaded.host > plain.host
+
+
+def test_the_command_tells_what_fits_and_what_would_make_it_fit(tmp_path):
+    (tmp_path / "config.py").write_text("from configs.base import Config, ModelConfig\nconfig = Config(exp_name='x', "
+                                        "datasets=['d'], "
+                                        f"model=ModelConfig(tokenizer_name_or_path='none', random_init={LLAMA}))\n")
+    said = run_well(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 2, "--gib", 0.1, cwd=tmp_path)
+    assert "24/40/48/80/141" in said and "TFLOP" in said
+    assert "model.activation_checkpointing=true: 1.8 GiB\n" in said and "--gpus 4: 1.8 GiB\n" in said
+    failed = run_script(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 3, cwd=tmp_path)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "model.batch_size=32" in failed.stderr

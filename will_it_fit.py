@@ -1,0 +1,250 @@
+"""Does it fit? The memory of a run on each of its GPUs, and its time, before any is rented: no GPU and no weights are needed.
+
+    python will_it_fit.py --config configs/llama.py                            # on 1, 2, 4, 8 and 16 GPUs
+    python will_it_fit.py --config configs/llama.py --gpus 4 --gib 80          # and what would make it fit
+    python will_it_fit.py --config configs/llama.py --gpus 1 model.use_peft=true model.max_length=4096
+
+It takes sft.py's own arguments, and sends sft.py's own code (the model's class, sharding, loss, optimizer, evaluation, answers,
+export) through fake tensors: see fake_gpu.py. It takes rows of max_length tokens, as many as a microbatch may have, of each of
+which the last half are targets. A compiled run is counted as if it were not, of which it takes a little less.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
+
+from configs.base import Config, ConfigError, fail, load_config, one_line
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here is not asked
+
+import numpy as np
+import torch
+import transformers
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+import logps
+import sft
+from data import collate_packed, collate_padded, to_device
+from fake_gpu import DEVICE, META, FakeGPU, fake_gpu
+from fsdp_utils import ModelError, clip_gradients, gather_in_parts, make_mesh, shard_model
+from hub import CONTROL_TOKENS
+from log import count_flops
+from model_utils import Unallocated, compute_dtype, generate, grow, load_tokenizer, make_new_model, make_outline, set_up
+from trial import enable_packing
+
+GIB = 2 ** 30
+# GiB that a card of so many GB has. Of these the CUDA context, NCCL and cuBLAS take ROOM; between tensors the allocator leaves
+# gaps, with expandable segments about a twentieth.
+CARDS, ROOM, GAPS = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}, 1.5, 1.05
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense, as the maker states them
+PROCESS = 1.5 * GIB  # of the host's memory, for Python, torch and transformers
+# What may make a run fit, the cheapest first
+CHECKPOINTING, SMALLER = "model.activation_checkpointing=true", "model.microbatch_tokens={max_length}"
+REMEDIES = [[SMALLER], [CHECKPOINTING], [CHECKPOINTING, SMALLER], ["model.use_peft=true"],
+            ["model.use_peft=true", CHECKPOINTING], [CHECKPOINTING, SMALLER, "model.cpu_offload=true"]]
+
+
+@dataclasses.dataclass
+class Forecast:
+    """What a run takes, bytes: on each GPU at the peak of each phase, and what the highest is made of; on the host; on the disk.
+
+    flops is what a step needs, of all GPUs together.
+    """
+
+    peaks: dict[str, int]
+    parts: dict[str, int]
+    host: int
+    checkpoint: int
+    flops: float
+    n_parameters: int
+
+    @property
+    def needed(self) -> float:
+        """GiB that a GPU must have."""
+        return max(self.peaks.values()) / GIB * GAPS + ROOM
+
+
+class NoTokenizer:
+    """In the place of one that can't be had: no token of it is new to the model."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __len__(self) -> int:
+        return 0
+
+
+def make_model(config: Config, gpu: FakeGPU):
+    """Returns the model as sft.make_model does, but without memory for its weights."""
+    wanted, dtype = config.model, compute_dtype(gpu.device) if config.model.use_peft else torch.float32
+    name = wanted.load_from or wanted.name_or_path
+    try:
+        tokenizer = load_tokenizer(wanted.tokenizer_name_or_path or wanted.name_or_path, config.cache_dir,
+                                   CONTROL_TOKENS if config.conditional else (), wanted.chat_template)
+    except ModelError:
+        tokenizer = NoTokenizer()
+    gpu.meta_means = META
+    with gpu.device, Unallocated():
+        if wanted.random_init and not wanted.load_from:
+            model = make_new_model(wanted.random_init, tokenizer, dtype)
+        else:
+            try:
+                model = make_outline(name, config.cache_dir, dtype)
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                raise ModelError(f"{name}: no config.json can be had: {one_line(error)}") from error
+        model.weight_files = {}
+        model = sft.add_adapters(set_up(model, tokenizer, [], grow(model, len(tokenizer)), fuse=False), wanted).train()
+    gpu.meta_means = gpu.device
+    return model
+
+
+def make_batches(config: Config, n_ranks: int, packing: bool) -> list[dict]:
+    """Returns the largest microbatch of a run, twice where a step may have several: gradients stay from one to the next."""
+    model = config.model
+    most, rows = max(1, model.microbatch_tokens // model.max_length), math.ceil(model.batch_size / n_ranks)
+    n_rows, several = min(most, rows // model.gradient_accumulation_steps), model.gradient_accumulation_steps > 1 or rows > most
+    row = np.zeros(model.max_length, np.int64), np.arange(model.max_length) >= model.max_length // 2
+    batch = (collate_packed if packing else collate_padded)([row] * n_rows, 0)
+    return [{**batch, "n_documents": n_rows, "global_token_count": n_rows * model.max_length}] * (2 if several else 1)
+
+
+@contextlib.contextmanager
+def parts_named(gpu: FakeGPU) -> Iterator[None]:
+    """Counts what FSDP2 and the log-prob kernel take as theirs."""
+    group = _fsdp_param_group.FSDPParamGroup
+    places = [(group, "unshard", "gathered weights"), (group, "wait_for_unshard", "gathered weights"),
+              (_fsdp_param_group, "foreach_reduce", "gradients"), (logps, "sweep", "head")]
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in places:
+            function = gpu.counted_as(part, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, function))
+        yield
+
+
+def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> Forecast:
+    """Sends a run on n_ranks GPUs through fake tensors: loading, two steps, an evaluation, answers, and the gather for FINAL.
+
+    On CPUs too, where it can be held against what a run really takes.
+    """
+    wanted, peaks, parts = config.model, {}, {}
+
+    @contextlib.contextmanager
+    def phase(name: str, part: str = "activations") -> Iterator[None]:
+        gpu.here.start_anew()
+        gpu.part.append(part)
+        yield
+        gpu.part.pop()
+        if gpu.here.peak > max(peaks.values(), default=0):
+            parts.update({part: gpu.here.at_peak.get(part, 0) for part in {*parts, *gpu.here.at_peak}})
+        peaks[name] = gpu.here.peak
+
+    with fake_gpu(n_ranks, device) as gpu, parts_named(gpu):
+        with phase("loading", "weights"):
+            model = make_model(config, gpu)
+            shard_model(model, make_mesh(device, wanted.replicas), "target_logps", dtype=compute_dtype(device),
+                        recompute=wanted.activation_checkpointing, offload=wanted.cpu_offload)
+            optimizer = sft.make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
+        with phase("the trial"):
+            packing = wanted.packing and enable_packing(model, device)
+        batches = make_batches(config, n_ranks, packing)
+        for name in ("the first step", "a step"):  # the second has the optimizer's state from its start
+            with phase(name):
+                for batch in batches:
+                    sft.get_batch_metrics(model, to_device(batch, device), "train", 1)[0].backward()
+                clip_gradients(model.parameters(), wanted.max_grad_norm)
+                gpu.counted_as("optimizer", optimizer.step)()
+                optimizer.zero_grad()
+        with phase("an evaluation"), torch.no_grad():
+            sft.get_batch_metrics(model.eval(), to_device(batch, device), "eval", 1)
+        if config.n_eval_answers:
+            n_prompt = wanted.max_length // 2 if wanted.max_prompt_length is None else wanted.max_prompt_length
+            n_prompt += min(256, wanted.max_length - n_prompt) - 1  # as at the last token of the answers
+            with phase("answers"):
+                generate(model, [[0] * n_prompt] * min(64 * n_ranks, config.n_eval_answers), 1)
+        with phase("writing FINAL", "gathered weights"):
+            for part in gather_in_parts(model, 5e9):
+                part = {name: tensor.to(torch.bfloat16) for name, tensor in part.items()}
+            del part
+        trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        body, head, attention = count_flops(model)
+        flops = wanted.batch_size * (wanted.max_length * (body + head / 2) + wanted.max_length ** 2 * attention)
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        return Forecast(peaks, parts, gpu.host.peak, 3 * trained, flops, n_parameters)
+
+
+def try_out(argv: list[str], n_ranks: int) -> Forecast | str:
+    """Returns the forecast for these arguments, or in a line why there is none."""
+    transformers.utils.logging.set_verbosity_error()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            return forecast(load_config(argv, n_ranks), n_ranks)
+        except (ConfigError, ModelError, NotImplementedError) as error:
+            return one_line(error)
+
+
+def show(n_ranks: int, result: Forecast | str) -> None:
+    """Prints a row of the table."""
+    if isinstance(result, str):
+        return print(f"{n_ranks:6}  {result}", flush=True)
+    worst = max(result.peaks, key=result.peaks.get)
+    cards = "/".join(str(card) for card, size in CARDS.items() if result.needed <= size) or "none"
+    parts = sorted(((size / GIB, part) for part, size in result.parts.items()), reverse=True)
+    made_of = ", ".join(f"{part} {size:.1f}" for size, part in parts if size >= 0.05)
+    print(f"{n_ranks:6} {result.peaks[worst] / GIB:9.1f} {result.needed:11.1f} {cards:>17} {(result.host + PROCESS) / GIB:9.1f}  "
+          f"{worst}: {made_of}", flush=True)
+
+
+def show_remedies(pool, argv: list[str], n_ranks: int, gib: float, config: Config) -> None:
+    """Tries what would make a run fit, and prints what comes out."""
+    keys = [[key.format(max_length=config.model.max_length) for key in keys] for keys in REMEDIES]
+    tries = [(" ".join(more), pool.submit(try_out, argv + more, n_ranks)) for more in keys]
+    tries += [(f"--gpus {n}", pool.submit(try_out, argv, n)) for n in (2 * n_ranks, 4 * n_ranks)]
+    for what, result in tries:
+        result = result.result()
+        told = result if isinstance(result, str) else f"{result.needed:.1f} GiB{', fits' if result.needed <= gib else ''}"
+        print(f"  {what}: {told}", flush=True)
+
+
+def show_time(result: Forecast, config: Config, n_ranks: int) -> None:
+    """Prints how long a step takes, and the run, if it is told how many examples it has, and what it leaves on the disk."""
+    wanted = config.model
+    print(f"a step of {wanted.batch_size} rows of {wanted.max_length:,} tokens needs {result.flops / 1e12:,.0f} TFLOP; on "
+          f"{n_ranks} GPUs, at 40 and 50 % of what they can:")
+    n_examples = config.n_examples or 100_000
+    for card, peak in PEAK_FLOPS.items():
+        slow, fast = (result.flops / (n_ranks * peak * part) for part in (0.4, 0.5))
+        hours = [seconds * n_examples / wanted.batch_size / 3600 for seconds in (slow, fast)]
+        print(f"  {card}  {slow:.2f} to {fast:.2f} s; {n_examples:,} examples in {hours[0]:.1f} to {hours[1]:.1f} hours")
+    print(f"on the disk: {config.keep_last + 1} checkpoints of {result.checkpoint / 1e9:.1f} GB, one of them while it is "
+          f"written, and FINAL, {2 * result.n_parameters / 1e9:.1f} GB in bf16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, help="1, 2, 4, 8 and 16, if not given")
+    parser.add_argument("--gib", type=float, help="what each has; where that is not enough, it is tried what would be")
+    args, argv = parser.parse_known_args()
+    numbers = [args.gpus] if args.gpus else [1, 2, 4, 8, 16]
+    try:
+        config = load_config(argv, numbers[0])
+    except ConfigError as error:
+        fail(error)
+    with ProcessPoolExecutor(max(1, os.cpu_count() // 2), multiprocessing.get_context("spawn")) as pool:
+        results = [(n, pool.submit(try_out, argv, n)) for n in numbers]
+        print("  GPUs  GiB each  with room  fits in cards of  host GiB  at its most in", flush=True)
+        for n, result in [(n, result.result()) for n, result in results]:
+            show(n, result)
+            if args.gib and isinstance(result, Forecast) and result.needed > args.gib:
+                show_remedies(pool, argv, n, args.gib, config)
+    if not isinstance(result, str):
+        show_time(result, config, n)
+
+
+if __name__ == "__main__":
+    main()
