@@ -214,9 +214,9 @@ def main(config: Config) -> None:
                 break
             torch.manual_seed(step_seed(config.seed, at.step, rank))
             sums = {}
-            for batch in loader.microbatches(at.counter):
-                batch = to_device(batch, device)
-                loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
+            for i, batch in enumerate(loader.microbatches(at.counter), 1):
+                model.set_requires_all_reduce(i == batch["n_microbatches"])  # over replicas gradients are summed once a step
+                loss, metrics = get_batch_metrics(model, to_device(batch, device), "train", batch["global_target_count"])
                 loss.backward()
                 accumulate(sums, metrics)
                 log.add_microbatch(batch)

@@ -34,7 +34,7 @@ import sft
 from data import collate_packed, collate_padded, to_device
 from fake_gpu import DEVICE, META, FakeGPU, fake_gpu
 from fsdp_utils import ModelError, clip_gradients, gather_in_parts, make_mesh, shard_model
-from hub import CONTROL_TOKENS
+from hub import CONTROL_TOKENS, access_problem
 from log import count_flops
 from model_utils import Unallocated, compute_dtype, generate, grow, load_tokenizer, make_new_model, make_outline, set_up
 from trial import enable_packing
@@ -225,6 +225,17 @@ def show_time(result: Forecast, config: Config, n_ranks: int) -> None:
           f"written, and FINAL, {2 * result.n_parameters / 1e9:.1f} GB in bf16")
 
 
+def find_problem(config: Config) -> str:
+    """Returns in a line why the model's config.json can't be had, or ""; where it is the tokenizer that can't, goes on offline."""
+    model = config.model
+    name = model.load_from or ("" if model.random_init else model.name_or_path)
+    if name and not os.path.isdir(name) and (problem := access_problem("model", name, config.cache_dir)):
+        return f"{name}: {problem}; or have its config.json on the disk: model.name_or_path=FOLDER"
+    if access_problem("model", model.tokenizer_name_or_path or model.name_or_path, config.cache_dir):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that are started: no waiting for an answer
+    return ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, help="1, 2, 4, 8 and 16, if not given")
@@ -235,6 +246,8 @@ def main() -> None:
         config = load_config(argv, numbers[0])
     except ConfigError as error:
         fail(error)
+    if problem := find_problem(config):
+        fail(problem)
     with ProcessPoolExecutor(max(1, os.cpu_count() // 2), multiprocessing.get_context("spawn")) as pool:
         results = [(n, pool.submit(try_out, argv, n)) for n in numbers]
         print("  GPUs  GiB each  with room  fits in cards of  host GiB  at its most in", flush=True)

@@ -227,7 +227,8 @@ def steps(model, calls, rows, rank, world_size, packing=True, accumulation=1, mi
                            microbatch_tokens=microbatch_tokens, rank=rank, world_size=world_size)
     for first in range(0, N_ROWS, BATCH):
         sums, n_microbatches, n_empty = {}, 0, 0
-        for batch in loader.microbatches(first):
+        for i, batch in enumerate(loader.microbatches(first), 1):
+            model.set_requires_all_reduce(i == batch["n_microbatches"])
             calls.clear()
             loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
             loss.backward()
