@@ -4,9 +4,12 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -482,6 +485,31 @@ def test_the_first_lines_say_what_is_trained_on_what_from_where(more, name, chec
     report = json.loads((more / name / "data.json").read_text())
     assert [(part["files"], part["counts"]["rows"]) for part in (report["train"], report["eval"])] == [
         (["train.jsonl"], N_TRAIN), (["eval.jsonl"], N_EVAL)]
+
+
+REPORT = """
+import atexit, gc, json, runpy, sys
+atexit.register(lambda: print(json.dumps([sorted(sys.modules), gc.isenabled(), gc.get_freeze_count(), gc.get_stats()])))
+sys.argv = ["sft.py", "--config", "config.py", "exp_name=none", "datasets=[bad.jsonl]"]
+runpy.run_path(sys.path[0] + "/sft.py", run_name="__main__")
+"""
+
+
+@slow
+def test_a_start_imports_nothing_that_only_others_need_nor_looks_for_garbage_in_what_it_imports(tmp_path):
+    write_model(tmp_path / "untied")
+    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "eval.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text("{")
+    done = subprocess.run([sys.executable, "-c", REPORT], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"})
+    assert done.stderr.startswith("sft.py: bad.jsonl:1: not valid JSON"), done.stderr  # so it came to read the data
+    modules, is_enabled, n_frozen, stats = json.loads(done.stdout)
+    assert {"torch", "transformers", "log", "trial"} <= {*modules}
+    others = {"datasets", "pandas", "pyarrow", "wandb", "tensorboard", "matplotlib", "peft", "scipy", "sklearn",
+              "transformers.trainer", "transformers.pipelines", "torch._inductor.compile_fx", "torch.utils.tensorboard"}
+    assert not others & {*modules}
+    assert is_enabled and n_frozen > 300_000 and stats[2]["collections"] < 3
 
 
 @slow
