@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from configs.base import timed
 from fsdp_utils import failing_together, gather_all, say
 
 
@@ -171,6 +172,7 @@ def write_shards(file: Path, shards: dict[str, tuple[torch.Tensor, list[int]]]) 
     return facts_of(file)
 
 
+@timed("checkpoint")
 def load_checkpoint(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills model and optimizer with what save_checkpoint wrote, on any number of processes, or does nothing without a folder.
 
@@ -277,6 +279,7 @@ def checksum(content: Path | dict) -> str:
 # Resuming
 
 
+@timed("checkpoint")
 def find_start(run_dir: Path, from_checkpoint: str, changes: Callable[[dict], list[str]], data_id: str, n_examples: int,
                allow_changes: bool) -> tuple[Path | None, dict]:
     """Returns the checkpoint to go on from and its state: the run's own, or else the one given; or (None, {}).

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from configs.base import timed
+
 IGNORE = -100  # the label of a token that is not a target, as in torch's cross-entropy
 
 
@@ -98,6 +100,7 @@ class Examples(NamedTuple):
         return int(self.rows.lengths[self.ids].max(initial=0))
 
 
+@timed("data")
 def tokenise(files: list[Path], encoder, cache_dir: str) -> TokenisedRows:
     """Tokenises the files, or maps what an earlier run or another rank has tokenised. Raises DataError.
 

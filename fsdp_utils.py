@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from configs.base import timed
+
 
 class ModelError(ValueError):
     """A model, tokenizer or adapter that can't be used: one line that names it."""
@@ -38,6 +40,7 @@ class ModelError(ValueError):
 # Processes
 
 
+@timed("processes")
 def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]:
     """Joins torchrun's processes, or makes a group of one without it. Returns (rank, world size, device).
 
@@ -130,6 +133,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(outermost, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
+@timed("model")
 def shard_model(model: nn.Module, mesh: DeviceMesh, *methods: str, dtype: torch.dtype = torch.float32, recompute: bool = False,
                 compile: bool = False, offload: bool = False) -> None:
     """Shards each block and then the rest, in place: FSDP2 gathers one block at a time, computes, and frees it.

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.base import one_line
+from configs.base import one_line, timed
 
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")  # as in HALOs; to be tokens of the tokenizer, or else they are spelt out
 
@@ -166,6 +166,7 @@ SOURCES = {
 # Entry → file
 
 
+@timed("data")
 def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, root: str = "") -> str:
     """Returns the path of a .jsonl file with the rows of `entry`, which has no weight here; or a local path as it is.
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configs.base import one_line
+from configs.base import PARTS, STARTED, one_line
 from data import Examples, TokenisedRows
 from fsdp_utils import say
 from model_utils import PLAIN_TEMPLATE
@@ -258,6 +258,14 @@ def describe_run(n_examples: int, n_steps: int, n_eval: int, n_held_out: int, mo
         f"{dist.get_world_size()} x {parameters[0].device.type}",
         f"steps: {n_steps}, of {n_examples:,} examples, {'packed' if packing else 'padded'}"]
     return "\n".join([*lines, *([f"resumed from {resumed_from}"] if resumed_from else [])])
+
+
+def describe_start() -> str:
+    """Returns how long this process has taken since it was started, and the parts, in order; those below 0.05 s are "other"."""
+    whole = time.perf_counter() - STARTED
+    parts = {part: seconds for part, seconds in PARTS.items() if seconds >= 0.05}
+    parts["other"] = whole - sum(parts.values())
+    return f"start: {whole:.1f} s: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
 
 
 def show_examples(tokenizer, rows: TokenisedRows, most: int = 3) -> list[str]:

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
-from configs.base import one_line
+from configs.base import one_line, timed
 from fsdp_utils import ModelError, gather_all
 from logps import target_logps
 from lora import NEW_ROWS, add_lora
@@ -34,6 +34,7 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
 
+@timed("tokenizer")
 def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str] = (),
                    chat_template: str = "") -> transformers.PreTrainedTokenizerBase:
     """Returns the tokenizer, with a pad token (eos if it has none) and the chat template of that file, its own, or a plain one.
@@ -45,6 +46,8 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {one_line(error)}") from error
+    if not tokenizer("a")["input_ids"]:  # transformers makes an empty one where a folder has none
+        raise ModelError(f"{name_or_path}: there is no tokenizer")
     tokenizer.template_source = chat_template or name_or_path  # for messages
     tokenizer.size_as_loaded, tokenizer.has_new_template = len(tokenizer), bool(chat_template) or not tokenizer.chat_template
     if chat_template:
@@ -73,6 +76,7 @@ def check_targets(settings: dict, cache_dir: str) -> None:
     add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
 
 
+@timed("model")
 def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids: list[int], cache_dir: str,
                dtype: torch.dtype = torch.float32, fuse: bool = False, sliced: bool = False):
     """Returns a causal LM with a row of the embeddings for every token, that stops generating at stop_ids.
@@ -248,6 +252,7 @@ def find_weights(name_or_path: str, cache_dir: str) -> dict[str, str]:
         return dict.fromkeys(tensors.keys(), file)
 
 
+@timed("model")
 @torch.no_grad()
 def load_weights(model, frozen_only: bool = False) -> None:
     """Fills the weights that load_model has left to be read; of each, every rank reads its own slice.

@@ -18,6 +18,7 @@ import dataclasses
 import math
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from checkpoint import CheckpointError, caught_signals, find_start, is_final, lo
 from data import IGNORE, DataError, SFTDataLoader, step_seed, to_device
 from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, say, shard_model
-from log import Log, LogError, count_flops, describe_data, describe_run
+from log import Log, LogError, count_flops, describe_data, describe_run, describe_start
 from lora import add_lora, load_adapter
 from model_utils import ModelError, check_targets, compute_dtype, load_model, load_tokenizer, load_weights
 from trial import check_gradients, try_model
@@ -151,16 +152,13 @@ def make_encoder(config: Config, run_dir: Path) -> ChatEncoder:
                        model.max_prompt_length, config.last_answer_only, model.template_kwargs, started(run_dir))
 
 
-def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: str, device: torch.device) -> nn.Module:
+def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: str, device: torch.device,
+               load: Callable = load_model) -> nn.Module:
     """Returns the model to train, with adapters if they are what is trained; to be sharded, and then filled by load_weights."""
     # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
-    model = load_model(config.load_from or config.name_or_path, None if config.load_from else config.random_init, tokenizer,
-                       stop_ids, cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
-                       fuse=config.compile and device.type == "cuda")
-    return add_adapters(model, config)
-
-
-def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
+    model = load(config.load_from or config.name_or_path, None if config.load_from else config.random_init, tokenizer, stop_ids,
+                 cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
+                 fuse=config.compile and device.type == "cuda")
     if config.load_lora_from:
         load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.n_new_rows)
     elif config.use_peft:
@@ -201,7 +199,7 @@ def main(config: Config) -> None:
     eval_loader = SFTDataLoader(held_out.rows, eval_ids, len(eval_ids), **layout)
     n_steps = at.step + math.ceil((n_examples - at.counter) / config.model.batch_size)
     say(describe_data(encoder.tokenizer, train, held_out, run_dir),
-        describe_run(n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest))
+        describe_run(n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest), describe_start())
     log, answers = Log(run_dir, latest, at.counter, n_examples, device, count_flops(model), settings), {}
     with contextlib.closing(log), caught_signals() as signals:
         while True:  # an evaluation stands at the top, so that start, middle, end and resume are one case

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import attention  # noqa: F401 (for transformers to know "documents")
-from configs.base import one_line
+from configs.base import one_line, timed
 from fsdp_utils import ModelError, name_of, say
 from model_utils import compute_dtype
 
 
+@timed("trial")
 def try_model(model, device: torch.device, longest: int, packing: bool) -> bool:
     """Returns whether rows are packed, having tried all that is taken for granted; all ranks must call it.
 
@@ -28,6 +29,7 @@ def try_model(model, device: torch.device, longest: int, packing: bool) -> bool:
     return False
 
 
+@timed("trial")
 @torch.compiler.set_stance("force_eager")
 def check_gradients(model, device: torch.device, filled: bool = True) -> None:
     """Says which trainable weights the logits of a text do not depend on, and freezes those of adapters.

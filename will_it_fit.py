@@ -82,8 +82,7 @@ class NoTokenizer:
 
 def make_model(config: Config, gpu: FakeGPU):
     """Returns the model as sft.make_model does, but without memory for its weights."""
-    wanted, dtype = config.model, compute_dtype(gpu.device) if config.model.use_peft else torch.float32
-    name = wanted.load_from or wanted.name_or_path
+    wanted = config.model
     try:
         tokenizer = load_tokenizer(wanted.tokenizer_name_or_path or wanted.name_or_path, config.cache_dir,
                                    CONTROL_TOKENS if config.conditional else (), wanted.chat_template)
@@ -91,17 +90,23 @@ def make_model(config: Config, gpu: FakeGPU):
         tokenizer = NoTokenizer()
     gpu.meta_means = META
     with gpu.device, Unallocated():
-        if wanted.random_init and not wanted.load_from:
-            model = make_new_model(wanted.random_init, tokenizer, dtype)
-        else:
-            try:
-                model = make_outline(name, config.cache_dir, dtype)
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                raise ModelError(f"{name}: no config.json can be had: {one_line(error)}") from error
-        model.weight_files = {}
-        model = sft.add_adapters(set_up(model, tokenizer, [], grow(model, len(tokenizer)), fuse=False), wanted).train()
+        model = sft.make_model(wanted, tokenizer, [], config.cache_dir, gpu.device, load_outline)
     gpu.meta_means = gpu.device
     return model
+
+
+def load_outline(name_or_path: str, random_init: dict | None, tokenizer, stop_ids: list[int], cache_dir: str, dtype: torch.dtype,
+                 sliced: bool, fuse: bool):
+    """load_model, of whose files it needs the configuration alone."""
+    if random_init:
+        model = make_new_model(random_init, tokenizer, dtype)
+    else:
+        try:
+            model = make_outline(name_or_path, cache_dir, dtype)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"{name_or_path}: no config.json can be had: {one_line(error)}") from error
+    model.weight_files = {}
+    return set_up(model, tokenizer, stop_ids, grow(model, len(tokenizer)), fuse=False)
 
 
 def make_batches(config: Config, n_ranks: int, packing: bool) -> list[dict]:
@@ -184,8 +189,10 @@ def try_out(argv: list[str], n_ranks: int) -> Forecast | str:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
             return forecast(load_config(argv, n_ranks), n_ranks)
-        except (ConfigError, ModelError, NotImplementedError) as error:
+        except (ConfigError, ModelError) as error:
             return one_line(error)
+        except Exception as error:  # a model may do what fake tensors can't
+            return f"can't be foretold: {type(error).__name__}: {one_line(error)}"
 
 
 def show(n_ranks: int, result: Forecast | str) -> None:
@@ -226,7 +233,7 @@ def show_time(result: Forecast, config: Config, n_ranks: int) -> None:
 
 
 def find_problem(config: Config) -> str:
-    """Returns in a line why the model's config.json can't be had, or ""; where it is the tokenizer that can't, goes on offline."""
+    """Returns in a line why the model's config.json can't be had, or ""; without a tokenizer it goes on, offline."""
     model = config.model
     name = model.load_from or ("" if model.random_init else model.name_or_path)
     if name and not os.path.isdir(name) and (problem := access_problem("model", name, config.cache_dir)):

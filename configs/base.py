@@ -22,6 +22,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 
+STARTED = time.perf_counter()  # a script imports this file before all that takes long
+PARTS = {}  # of this process's start: seconds by name
+
 ANY = ("", lambda value: True)
 DTYPE = ("float32, bfloat16 or float16", lambda value: value in ("", "float32", "bfloat16", "float16"))
 ABOVE_0 = ("above 0", lambda value: value > 0)
@@ -118,6 +121,15 @@ class Config:
 
 class ConfigError(ValueError):
     """Everything that is wrong with a configuration, one line each."""
+
+
+@contextlib.contextmanager
+def timed(part: str) -> typing.Iterator[None]:
+    """Adds the seconds of the block, or of each call of the function that it decorates, to those of a part of the start."""
+    began = time.perf_counter()
+    PARTS.setdefault("imports", began - STARTED - sum(PARTS.values()))  # whatever is before the first
+    yield
+    PARTS[part] = PARTS.get(part, 0.0) + time.perf_counter() - began
 
 
 def one_line(error: Exception) -> str:
@@ -269,6 +281,8 @@ def read_command_line(more_checks: typing.Callable[[Config], list[str]]) -> Conf
         return load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), more_checks)
     except ConfigError as error:
         fail(error)
+    finally:
+        PARTS["configuration"] = time.perf_counter() - STARTED
 
 
 def fail(error: object, end: typing.Callable[[int], typing.NoReturn] = sys.exit, wait: float | None = None) -> typing.NoReturn:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import log
 from chat import ChatEncoder, load_examples
-from configs.base import Config, WandbConfig
+from configs.base import Config, WandbConfig, timed
 from fsdp_utils import end_process, init_processes
-from log import Log, count_flops, describe_data, describe_run, is_right, plot, show_answers, show_example
+from log import Log, count_flops, describe_data, describe_run, describe_start, is_right, plot, show_answers, show_example
 from logps import target_logps
 from model_utils import load_model, load_tokenizer
 from trial import whole_batch
@@ -237,6 +238,28 @@ def test_a_run_begins_with_what_it_trains_on_what(started, group, tmp_path):
                      "steps: 4, of 14 examples, packed"]
     assert describe_run(14, 4, 2, 3, model, False, Path("run/checkpoints/step-2")).split("\n") == [
         *lines[:-1], "steps: 4, of 14 examples, padded", "resumed from run/checkpoints/step-2"]
+
+
+def test_the_parts_of_the_start_add_up_to_it(monkeypatch):
+    monkeypatch.setattr("configs.base.PARTS", parts := {})
+    monkeypatch.setattr("log.PARTS", parts)
+
+    @timed("model")
+    def fill() -> str:
+        return "filled"
+
+    for _ in range(2):
+        assert fill() == "filled"
+    assert [*parts] == ["imports", "model"] and 0 < parts["model"] < parts["imports"]
+    before = dict(parts)
+    with timed("trial"):
+        pass
+    assert [*parts.items()][:2] == [*before.items()] and parts["trial"] > 0  # those before it stay as they are
+    parts |= {"model": 3.21, "data": 0.04, "trial": 1.5, "imports": 0.7}
+    whole, told = re.fullmatch(r"start: (\S+) s: (.*)", describe_start()).groups()
+    told = {name: float(seconds) for name, seconds in (part.split() for part in told.split(", "))}
+    assert [*told] == ["imports", "model", "trial", "other"] and [*told.values()][:3] == [0.7, 3.2, 1.5]
+    assert sum(told.values()) == pytest.approx(float(whole), abs=0.05 * (len(told) + 1) + 1e-9)  # each is rounded
 
 
 def test_where_nothing_is_held_out_a_line_says_what_would(started, group):

@@ -477,7 +477,8 @@ def test_the_first_lines_say_what_is_trained_on_what_from_where(more, name, chec
     assert "⟦" in "".join(lines[begin:end]) and begin == 1 and lines[0].startswith(f"data: {N_TRAIN} rows → {N_TRAIN} examples, ")
     assert evaluation == f"eval: {N_EVALUATED} of {N_EVAL} held-out examples" and steps == "steps: 6, of 45 examples, packed"
     assert re.fullmatch(r"model: 0\.0M parameters, 0\.0M trained, on [12] x cpu", model)
-    assert rest == ([f"resumed from {checkpoint}"] if checkpoint else [])
+    *rest, start = rest
+    assert rest == ([f"resumed from {checkpoint}"] if checkpoint else []) and re.match(r"start: \d+\.\d s: .*other \d", start)
     evals = records(more / name)[1]
     said = [line for line in lines[first:] if line.startswith("step ")]
     assert said == [f"step {record['step']}: held-out loss {record['loss/eval']:.4f}" for record in evals[-len(said):]]

@@ -20,6 +20,7 @@ from will_it_fit import NoTokenizer, forecast, make_batches
 
 LLAMA = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 256, "tie_word_embeddings": False}
+BLOCK = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128  # parameters
 WAYS = {"full": {}, "recomputed": {"activation_checkpointing": True}, "LoRA": {"use_peft": True},
         "several microbatches": {"microbatch_tokens": 256}}
 
@@ -73,18 +74,19 @@ def test_a_step_takes_what_is_foretold(way, n_ranks):
     with multiprocessing.get_context("spawn").Pool(n_ranks) as processes:
         taken = processes.starmap(take_steps, [(rank, n_ranks, port, config) for rank in range(n_ranks)], chunksize=1)[0]
     foretold = forecast(config, n_ranks, torch.device("cpu")).peaks["a step"]
-    assert foretold == pytest.approx(taken, rel=1e-3 if n_ranks == 1 else 0.01)  # what is sent is held until then
+    late = 0 if n_ranks == 1 else 2 * 4 * BLOCK  # gradients of two blocks, kept until another rank has come to take them
+    assert foretold / 1.001 <= taken <= 1.001 * (foretold + late)
 
 
 def test_what_stays_from_step_to_step_is_the_sum_of_its_parts():
-    n = 2 * 4096 * 128 + 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128) + 128
+    n = 2 * 4096 * 128 + 4 * BLOCK + 128
     for n_ranks in (1, 4):
         told = forecast(make_config(), n_ranks)
         assert told.n_parameters == n and told.checkpoint == 12 * n
         assert told.parts["optimizer"] == pytest.approx(8 * n / n_ranks, rel=1e-3)
         assert told.parts["weights"] == pytest.approx(4 * n / n_ranks, rel=1e-3)
     squares = 6 * 128 * 128 ** 2 * 4
-    body = 6 * 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
+    body = 6 * 4 * (BLOCK - 2 * 128)
     assert told.flops == 8 * (128 * (body + 6 * 4096 * 128 / 2) + squares)
 
 
