@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -238,10 +239,12 @@ def replacements(hears: FakeGPU, n_ranks: int) -> dict:
     shapes_of = ShardingPropagator._propagate_tensor_meta_non_cached  # makes whole tensors, fake ones also on a GPU that is there
 
     def tensor(data, *, device=None, **kwargs):
-        if not is_gpu(device):
-            return make(data, device=device, **kwargs)
-        hears.wait()
-        return make(data, **kwargs).to(DEVICE)
+        on_gpu = is_gpu(device or torch.get_default_device())
+        with torch._C.DisableTorchFunction():  # else `with device:` would ask for one that is not there
+            made = make(data, device="cpu" if on_gpu else device, **kwargs)
+        if on_gpu:
+            hears.wait()
+        return made.to(DEVICE) if on_gpu else made
 
     def new_tensor(like, data, dtype=None, device=None):
         return tensor(data, dtype=dtype or like.dtype, device=device or like.device)
@@ -289,6 +292,7 @@ def replacements(hears: FakeGPU, n_ranks: int) -> dict:
 def fake_gpu(n_ranks: int, device: torch.device = DEVICE) -> Iterator[FakeGPU]:
     """Has this process take itself for rank 0 of n_ranks, each with a GPU of its own, or on CPUs; yields what hears it."""
     hears = FakeGPU(device)
+    _device_constructors()  # torch remembers for good what its functions are when this is first called
     with contextlib.ExitStack() as stack:
         for owner, functions in replacements(hears, n_ranks).items():
             for name, function in functions.items():
