@@ -82,6 +82,8 @@ class FakeGPU(TorchDispatchMode):
         self.hear(name, args, kwargs)
         if name == "_to_copy" and kwargs.get("device") == DEVICE:
             return self.copy_to_gpu(*args, **kwargs)
+        if "out" in kwargs and "dtype" in function._overloadname:
+            return kwargs["out"]  # torch 2.11 knows not its shape, which is there
         known = self.known((args, kwargs)) if function.namespace == "aten" else None
         if name == "_local_scalar_dense":
             return compute(function, known) if known else 0.0
@@ -272,10 +274,12 @@ def replacements(hears: FakeGPU, n_ranks: int) -> dict:
     cuda = {"is_available": lambda: hears.device == DEVICE, "is_initialized": lambda: True, "device_count": lambda: n_ranks,
             "is_bf16_supported": lambda **_: True, "current_device": lambda: 0, "set_device": lambda device: None,
             "get_device_name": lambda device=None: "H100", "get_device_capability": lambda device=None: (9, 0),
-            "max_memory_allocated": lambda device=None: hears.here.peak, "synchronize": hears.wait, "Stream": Stream,
-            "Event": Stream, "current_stream": lambda device=None: stream, "stream": lambda stream: stream}
+            "max_memory_allocated": lambda device=None: hears.here.peak, "is_current_stream_capturing": lambda: False,
+            "synchronize": hears.wait, "Stream": Stream, "Event": Stream, "current_stream": lambda device=None: stream,
+            "stream": lambda stream: stream}
     return {
-        torch: {"tensor": tensor}, torch.cuda: cuda, torch.UntypedStorage: {"resize_": resize_},
+        torch: {"tensor": tensor}, torch.cuda: cuda, torch.accelerator: {"current_stream": cuda["current_stream"]},
+        torch.UntypedStorage: {"resize_": resize_},
         torch.Tensor: {"to": move, "new_tensor": new_tensor, "pin_memory": lambda tensor: tensor,
                        "is_pinned": lambda tensor: True, "record_stream": lambda tensor, stream: None},
         torch.nn.functional: {"scaled_dot_product_attention": attend} if hears.device == DEVICE else {},
@@ -284,7 +288,7 @@ def replacements(hears: FakeGPU, n_ranks: int) -> dict:
             "device": property(lambda tensor: tensor._local_tensor.device)},
         ShardingPropagator: {"_propagate_tensor_meta_non_cached": hears.counted_as(None, shapes_of)},
         dist: {"all_gather_object": gather_objects, "init_device_mesh": really(dist.init_device_mesh)},
-        DeviceMesh: {"mesh": property(really(DeviceMesh.mesh.fget))},
+        DeviceMesh: {"mesh": property(really(DeviceMesh.mesh.fget))}, fake_tensor: {"init_gpu_context": lambda device: None},
     }
 
 
