@@ -20,8 +20,9 @@ from torch.distributed._tools import fake_collectives  # noqa: F401 (collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.overrides import _get_current_function_mode_stack
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._device import _device_constructors
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -241,7 +242,8 @@ def replacements(hears: FakeGPU, n_ranks: int) -> dict:
     shapes_of = ShardingPropagator._propagate_tensor_meta_non_cached  # makes whole tensors, fake ones also on a GPU that is there
 
     def tensor(data, *, device=None, **kwargs):
-        on_gpu = is_gpu(device or torch.get_default_device())
+        contexts = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+        on_gpu = is_gpu(device or (contexts[-1] if contexts else None))
         with torch._C.DisableTorchFunction():  # else `with device:` would ask for one that is not there
             made = make(data, device="cpu" if on_gpu else device, **kwargs)
         if on_gpu:

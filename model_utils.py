@@ -46,7 +46,7 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {one_line(error)}") from error
-    if not tokenizer("a")["input_ids"]:  # transformers makes an empty one where a folder has none
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:  # transformers' own, where a folder holds none
         raise ModelError(f"{name_or_path}: there is no tokenizer")
     tokenizer.template_source = chat_template or name_or_path  # for messages
     tokenizer.size_as_loaded, tokenizer.has_new_template = len(tokenizer), bool(chat_template) or not tokenizer.chat_template
@@ -56,7 +56,7 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
         if not tokenizer.eos_token:
             raise ModelError(f"{name_or_path}: the tokenizer has neither a chat template nor an eos_token to end an answer with; "
                              "name a template by model.chat_template=FILE")
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked by length, so any will do
