@@ -59,8 +59,13 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def replace(folder: Path, partial: Path) -> None:
-    """Renames a folder when all in it is on the disk. One that bears the name already is removed after that."""
+    """Renames a folder when all in it is on the disk. One that bears the name already is removed after that.
+
+    Its files get the modes that the umask has given the folder: safetensors writes for the owner alone.
+    """
     for path in (*partial.rglob("*"), partial):
+        if path.is_file():
+            path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -167,7 +172,6 @@ def write_shards(file: Path, shards: dict[str, tuple[torch.Tensor, list[int]]]) 
     """Writes {name: (shard, where in the whole tensor it begins)} to the disk; returns [size, checksum]."""
     begins = {name: {"saved_offsets": begin} for name, (_, begin) in shards.items()}
     save_file({name: shard for name, (shard, _) in shards.items()}, file, {"DCP_SHARDING_INFO": json.dumps(begins)})
-    file.chmod(file.parent.stat().st_mode & 0o666)  # as the umask asks for: safetensors writes for the owner alone
     sync(file)
     return facts_of(file)
 

@@ -53,7 +53,6 @@ def export_model(folder: Path, model, tokenizer, n_steps: int, metrics: dict, se
                     write_json(partial / f"{file}.json", content)
                 if checkpoint and step_of(checkpoint) == metrics["step"]:
                     shutil.copytree(checkpoint, partial / "checkpoint", copy_function=link_or_copy)
-                open_to_others(partial)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,15 +214,6 @@ def add_flat_keys(file: Path) -> None:
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
     write_json(file, config)
-
-
-def open_to_others(folder: Path) -> None:
-    """Gives the files the modes that the umask asks for: safetensors writes for the owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.rglob("*"):
-        if file.is_file() and "checkpoint" not in file.relative_to(folder).parts:
-            file.chmod(0o666 & ~umask)
 
 
 def as_list(value: object) -> list:
