@@ -184,11 +184,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+# Dense bf16 FLOP/s, as the makers state them, by a part of the device's name
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
 def peak_flops(device: torch.device) -> float | None:
-    """Returns the device's dense bf16 FLOP/s as its maker states them, None where this table does not know it."""
-    peaks = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12}
+    """Returns the device's dense bf16 FLOP/s, None where PEAK_FLOPS does not know it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in peaks.items() if key in name), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def plot(values: list[float], width: int = 72, height: int = 10) -> str:

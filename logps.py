@@ -33,8 +33,11 @@ def target_logps(model, batch: dict, fuse: bool = False) -> tuple[torch.Tensor, 
         logps = linear_logps(hidden, weight_of(head), labels, head.bias, scale, softcap, uniform=True, fuse=fuse)
     if not (getattr(config, "output_router_logits", False) and config.router_aux_loss_coef and batch["n_documents"]):
         return logps, 0.0
-    lengths, router_logits = ends.diff() if ends is not None else mask.sum(1), torch.stack(output.router_logits)
-    router_logits = router_logits if ends is not None else router_logits[:, mask.flatten().bool()]  # without the padding
+    router_logits = torch.stack(output.router_logits)
+    if ends is None:
+        router_logits, lengths = router_logits[:, mask.flatten().bool()], mask.sum(1)  # without the padding
+    else:
+        lengths = ends.diff()
     return logps, config.router_aux_loss_coef * balance_loss(router_logits, config.num_experts_per_tok, lengths)
 
 

@@ -35,7 +35,7 @@ from data import collate_packed, collate_padded, to_device
 from fake_gpu import DEVICE, META, FakeGPU, fake_gpu
 from fsdp_utils import ModelError, clip_gradients, gather_in_parts, make_mesh, shard_model
 from hub import CONTROL_TOKENS, access_problem
-from log import count_flops
+from log import PEAK_FLOPS, count_flops
 from model_utils import Unallocated, compute_dtype, generate, grow, load_tokenizer, make_new_model, make_outline, set_up
 from trial import enable_packing
 
@@ -43,7 +43,6 @@ GIB = 2 ** 30
 # GiB that a card of so many GB has. Of these the CUDA context, NCCL and cuBLAS take ROOM; between tensors the allocator leaves
 # gaps, with expandable segments about a twentieth.
 CARDS, ROOM, GAPS = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}, 1.5, 1.05
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense, as the maker states them
 PROCESS = 1.5 * GIB  # of the host's memory, for Python, torch and transformers
 # What may make a run fit, the cheapest first
 CHECKPOINTING, SMALLER = "model.activation_checkpointing=true", "model.microbatch_tokens={max_length}"
@@ -168,10 +167,10 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
         with phase("an evaluation"), torch.no_grad():
             sft.get_batch_metrics(model.eval(), to_device(batch, device), "eval", 1)
         if config.n_eval_answers:
-            n_prompt = wanted.max_length // 2 if wanted.max_prompt_length is None else wanted.max_prompt_length
-            n_prompt += min(256, wanted.max_length - n_prompt) - 1  # as at the last token of the answers
+            n_new = min(256, wanted.max_length - wanted.max_prompt_length)  # as answer in chat.py has it
+            prompts = [[0] * (wanted.max_prompt_length + n_new - 1)] * min(64 * n_ranks, config.n_eval_answers)
             with phase("answers"):
-                generate(model, [[0] * n_prompt] * min(64 * n_ranks, config.n_eval_answers), 1)
+                generate(model, prompts, 1)  # the last token of the answers
         with phase("writing FINAL", "gathered weights"):
             for part in gather_in_parts(model, 5e9):
                 part = {name: tensor.to(torch.bfloat16) for name, tensor in part.items()}
@@ -224,8 +223,8 @@ def show_time(result: Forecast, config: Config, n_ranks: int) -> None:
     print(f"a step of {wanted.batch_size} rows of {wanted.max_length:,} tokens needs {result.flops / 1e12:,.0f} TFLOP; on "
           f"{n_ranks} GPUs, at 40 and 50 % of what they can:")
     n_examples = config.n_examples or 100_000
-    for card, peak in PEAK_FLOPS.items():
-        slow, fast = (result.flops / (n_ranks * peak * part) for part in (0.4, 0.5))
+    for card in ("A100", "H100", "H200"):
+        slow, fast = (result.flops / (n_ranks * PEAK_FLOPS[card] * part) for part in (0.4, 0.5))
         hours = [seconds * n_examples / wanted.batch_size / 3600 for seconds in (slow, fast)]
         print(f"  {card}  {slow:.2f} to {fast:.2f} s; {n_examples:,} examples in {hours[0]:.1f} to {hours[1]:.1f} hours")
     print(f"on the disk: {config.keep_last + 1} checkpoints of {result.checkpoint / 1e9:.1f} GB, one of them while it is "

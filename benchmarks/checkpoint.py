@@ -10,7 +10,6 @@ from the disk, not from the page cache. The goal is 0.7 of the bare speed. The w
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import describe_machine, print_table, resident
+from common import bare_read, bare_write, describe_machine, forget, print_table, resident
 from memory import Peak
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,7 +31,6 @@ from fsdp_utils import end_process, gather_all, init_processes, make_mesh, shard
 from sft import make_optimizer
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000}
-BLOCK = 1 << 26
 GOALS = {"bare write": "bare write", "save_checkpoint": "bare write", "bare read": "bare read", "find_checkpoint": "bare read",
          "load_checkpoint": "bare read"}  # each way and the one that it is measured against
 
@@ -50,28 +48,6 @@ def make_state(n_layers: int, device: torch.device, offload: bool):
     optimizer.step()
     optimizer.zero_grad()
     return model, optimizer
-
-
-def bare_write(file: Path, size: int) -> None:
-    block = os.urandom(BLOCK)
-    with open(file, "wb", buffering=0) as stream:
-        for start in range(0, size, BLOCK):
-            stream.write(memoryview(block)[:size - start])
-        os.fsync(stream.fileno())
-
-
-def bare_read(file: Path) -> None:
-    block = bytearray(BLOCK)
-    with open(file, "rb", buffering=0) as stream:
-        while stream.readinto(block):
-            pass
-
-
-def forget(folder: Path) -> None:
-    """Drops the files from the page cache."""
-    for path in folder.rglob("*.*"):
-        with open(path, "rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def work(args) -> None:

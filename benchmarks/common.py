@@ -56,6 +56,33 @@ def resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text())[1]) * 1024
 
 
+BLOCK = 1 << 26  # bytes
+
+
+def bare_write(file: Path, size: int) -> None:
+    """Writes so many bytes to the disk, as fast as it takes them."""
+    block = os.urandom(BLOCK)
+    with open(file, "wb", buffering=0) as stream:
+        for start in range(0, size, BLOCK):
+            stream.write(memoryview(block)[:size - start])
+        os.fsync(stream.fileno())
+
+
+def bare_read(file: Path) -> None:
+    block = bytearray(BLOCK)
+    with open(file, "rb", buffering=0) as stream:
+        while stream.readinto(block):
+            pass
+
+
+def forget(folder: Path) -> None:
+    """Drops the folder's files from the page cache, so that they are read from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in [header, ["-" * width for width in widths], *rows]:

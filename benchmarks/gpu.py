@@ -33,7 +33,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import numpy as np
 import torch
 import transformers
-from common import describe_machine
+from common import bare_read, bare_write, describe_machine, forget
 from kill import ROOT, kill_family
 from logp_kernel import compare
 from safetensors.torch import load_file
@@ -204,42 +204,24 @@ def time_storage(args, device) -> None:
     bare, checkpoint, final = (args.folder / name for name in ("bare", "step-1", "FINAL"))
     bare.mkdir()
 
-    def files(folder: Path) -> list[Path]:
-        return [path for path in folder.rglob("*") if path.is_file()]
-
     def timed(name: str, work: Callable, folder: Path) -> None:
-        for path in files(folder):
-            with open(path, "rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it is read from the disk, not from memory
+        forget(folder)
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
         seconds = time.perf_counter() - started
-        moved = sum(path.stat().st_size for path in files(folder)) / 1e9
+        moved = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
         show(name, f"{moved:.3f}", f"{seconds:.2f}", f"{moved / seconds:.2f}")
 
-    def write() -> None:
-        block = os.urandom(1 << 26)
-        with open(bare / "file", "wb") as stream:
-            for start in range(0, size, len(block)):
-                stream.write(memoryview(block)[:size - start])
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def read() -> None:
-        block = bytearray(1 << 26)
-        with open(bare / "file", "rb", buffering=0) as stream:
-            while stream.readinto(block):
-                pass
-
     show(f"storage, {args.folder}", "GB", "s", "GB/s")
-    timed("bare write", write, bare)
-    timed("bare read", read, bare)
+    timed("bare write", lambda: bare_write(bare / "file", size), bare)
+    timed("bare read", lambda: bare_read(bare / "file"), bare)
     shutil.rmtree(bare)
     timed("save_checkpoint", lambda: save_checkpoint(checkpoint, model, optimizer, {"step": 1}), checkpoint)
     timed("load_checkpoint", lambda: load_checkpoint(checkpoint, model, optimizer), checkpoint)
-    timed("export_model", lambda: export_model(final, model, tokenizer, 1, {"step": 1}, dataclasses.asdict(Config())), final)
+    settings = dataclasses.asdict(Config(model=ModelConfig(random_init=LLAMA, tokenizer_name_or_path=str(args.folder))))
+    timed("export_model", lambda: export_model(final, model, tokenizer, 1, {"step": 1}, settings), final)
 
 
 def resume(args, device) -> None:
