@@ -48,6 +48,7 @@ from log import count_flops, peak_flops, peak_memory
 from make_tiny import make_rows, train_tokenizer
 from model_utils import compute_dtype, load_tokenizer
 from trial import enable_packing
+from will_it_fit import forecast
 
 PARTS = {"kernel": 90, "steps": 120, "bf16": 75, "storage": 150, "resume": 150}  # seconds on a GPU, of steps for each way
 WAYS = {"full, packed": {}, "full, packed, checkpointing": {"activation_checkpointing": True},
@@ -81,23 +82,26 @@ class Documents:
         return self.ids[i], np.arange(self.lengths[i]) >= self.lengths[i] - self.targets[i]
 
 
-def make_run(args, device, shape: dict, n_steps: int, rows: int, dtype, lr: float = 2e-5, **settings):
+def make_config(args, shape: dict, rows: int, lr: float = 2e-5, **settings) -> Config:
+    longest = 128 if args.small else 2048
+    return Config(lr=lr, model=ModelConfig(random_init=shape | (SMALL if args.small else {}), batch_size=rows,
+                                           max_length=longest, microbatch_tokens=4 * longest, **settings))
+
+
+def make_run(args, device, config: Config, n_steps: int, dtype):
     """Returns (model, optimizer, loader, tokenizer) as sft.main makes them, but the random weights on the device itself."""
     train_tokenizer(make_rows(200, 1)[0], args.folder)
-    tokenizer = load_tokenizer(str(args.folder), str(args.folder))
-    longest = 128 if args.small else 2048
-    config = Config(lr=lr, model=ModelConfig(random_init=shape | (SMALL if args.small else {}), batch_size=rows,
-                                             max_length=longest, microbatch_tokens=4 * longest, **settings))
-    wanted = config.model
+    tokenizer, wanted = load_tokenizer(str(args.folder), str(args.folder)), config.model
     torch.manual_seed(config.seed)
     with device:
         model = sft.make_model(wanted, tokenizer, [], str(args.folder), device)
     shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=wanted.activation_checkpointing,
                 compile=wanted.compile)
-    optimizer = sft.make_optimizer(model, lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = sft.make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
     assert not wanted.packing or enable_packing(model, device)
-    documents = Documents(rows * n_steps, wanted.random_init["vocab_size"], longest)
-    loader = SFTDataLoader(documents, np.arange(rows * n_steps), rows * n_steps, config.seed, batch_size=rows,
+    n_rows = wanted.batch_size * n_steps
+    documents = Documents(n_rows, wanted.random_init["vocab_size"], wanted.max_length)
+    loader = SFTDataLoader(documents, np.arange(n_rows), n_rows, config.seed, batch_size=wanted.batch_size,
                            pad_id=tokenizer.pad_token_id, packing=wanted.packing, microbatch_tokens=wanted.microbatch_tokens)
     return model, optimizer, loader, tokenizer
 
@@ -151,10 +155,23 @@ def counted_waits():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def time_steps(args, device, way: str) -> None:
+def steps_config(args, way: str) -> Config:
+    return make_config(args, LLAMA | {"num_hidden_layers": args.layers}, 30, **WAYS[way])
+
+
+def foretell(args, way: str, result) -> None:
+    """Puts the GB of a step's peak memory, as will_it_fit.py has it, or "-"; in a process that has not touched a GPU."""
+    told = "-"
+    try:
+        peaks = forecast(steps_config(args, way), 1, torch.device("cuda:0" if args.device == "cuda" else "cpu")).peaks
+        told = f"{max(peaks['the first step'], peaks['a step']) / 1e9:.1f}"
+    finally:
+        result.put(told)
+
+
+def time_steps(args, device, way: str, foretold) -> None:
     started = time.perf_counter()
-    model, optimizer, loader, _ = make_run(args, device, LLAMA | {"num_hidden_layers": args.layers}, 9, 30,
-                                           compute_dtype(device), **WAYS[way])
+    model, optimizer, loader, _ = make_run(args, device, steps_config(args, way), 9, compute_dtype(device))
     flops, peak = count_flops(model), peak_flops(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -175,8 +192,8 @@ def time_steps(args, device, way: str) -> None:
                      zip(("global_token_count", "global_target_count", "global_squared_lengths"), flops))
         rates.append((batch["global_token_count"] / seconds, needed / seconds, seconds * 1e3))
     speed, done, duration = map(statistics.median, zip(*rates))  # of five; one may compile anew
-    show(way, f"{speed:,.0f}", f"{done / peak:.3f}" if peak else "-", f"{peak_memory(device) / 1e9:.1f}", f"{to_first:.1f}",
-         f"{duration:.0f}", f"{max(rates, key=lambda rate: rate[2])[2]:.0f}")
+    show(way, f"{speed:,.0f}", f"{done / peak:.3f}" if peak else "-", f"{peak_memory(device) / 1e9:.1f}",
+         foretold.get(), f"{to_first:.1f}", f"{duration:.0f}", f"{max(rates, key=lambda rate: rate[2])[2]:.0f}")
     if wanted:
         print(f"  {sum(places.values())} waits for the GPU in a step of {way}:", flush=True)
         for place, count in places.most_common():
@@ -186,7 +203,7 @@ def time_steps(args, device, way: str) -> None:
 def compare_bf16(args, device) -> None:
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model, optimizer, loader, _ = make_run(args, device, SMOLLM2, 20, 8, dtype, lr=1e-3)
+        model, optimizer, loader, _ = make_run(args, device, make_config(args, SMOLLM2, 8, 1e-3), 20, dtype)
         losses[dtype] = [loss for loss, _ in train(model, optimizer, loader, device)]
         del model, optimizer
     show("loss of SmolLM2's shape, at step", "fp32", "bf16", "difference")
@@ -198,7 +215,8 @@ def compare_bf16(args, device) -> None:
 
 
 def time_storage(args, device) -> None:
-    model, optimizer, loader, tokenizer = make_run(args, device, LLAMA | {"num_hidden_layers": 2}, 1, 8, compute_dtype(device))
+    config = make_config(args, LLAMA | {"num_hidden_layers": 2}, 8)
+    model, optimizer, loader, tokenizer = make_run(args, device, config, 1, compute_dtype(device))
     [*train(model, optimizer, loader, device)]  # fills the optimizer's state
     size = sum(tensor.nbytes for tensor in training_state(model, optimizer).values())
     bare, checkpoint, final = (args.folder / name for name in ("bare", "step-1", "FINAL"))
@@ -272,11 +290,14 @@ def work(args, task: str, is_first: bool) -> None:
         os.dup2(os.open(args.folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    foretold = multiprocessing.SimpleQueue()
+    if task in WAYS:
+        multiprocessing.Process(target=foretell, args=(args, task, foretold)).start()
     _, _, device = init_processes()
     if is_first:
         print(describe_machine(args.device, compute_dtype(device)), flush=True)
     parts = {"kernel": time_kernel, "bf16": compare_bf16, "storage": time_storage, "resume": resume}
-    parts[task](args, device) if task in parts else time_steps(args, device, task)
+    parts[task](args, device) if task in parts else time_steps(args, device, task, foretold)
     end_process()
 
 
@@ -305,7 +326,7 @@ def main() -> None:
         if part not in dict(tasks[:i]):
             print(f"\n--- {part}, {started - begin:.0f} s after the start", flush=True)
             if part == "steps":
-                show("step", "tokens/s", "MFU", "peak GB", "s to first", "ms, median", "ms, slowest")
+                show("step", "tokens/s", "MFU", "peak GB", "foretold", "s to first", "ms, median", "ms, slowest")
         args.folder = Path(tempfile.mkdtemp(dir=parent))
         worker = multiprocessing.get_context("fork").Process(target=work, args=(args, task, i == 0))
         try:
