@@ -93,7 +93,8 @@ class ChatEncoder:
         """A hash of all that an encoded row follows from but itself: this code, tokenizer, template, lengths."""
         files = (__file__, sys.modules["rows"].__file__, sys.modules["template"].__file__)
         code, tokenizer = [ast.dump(ast.parse(Path(file).read_text())) for file in files], self.tokenizer
-        parts = [*code, transformers.__version__, tokenizers.__version__, repr(tokenizer), self.template.identity,
+        unnamed = repr(tokenizer).replace(repr(tokenizer.name_or_path), "")  # it may have moved
+        parts = [*code, transformers.__version__, tokenizers.__version__, unnamed, self.template.identity,
                  json.dumps(tokenizer.get_vocab(), sort_keys=True), self.max_length, self.max_prompt_length,
                  self.last_answer_only]
         parts += [tokenizer.backend_tokenizer.to_str()] if tokenizer.is_fast else []

@@ -22,9 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
-from configs.base import timed
-from fsdp_utils import failing_together, gather_all, say
+from configs.base import PARENT, changes, handle_signals, timed
+from fsdp_utils import failing_together, gather_all, on_any_rank, say
+from model_utils import fingerprint
 
 
 class CheckpointError(Exception):
@@ -45,7 +47,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         with failing_together(CheckpointError):
             if first:
-                shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+                remove(partial)  # left by a run that was killed
                 partial.mkdir(parents=True)
         with failing_together(CheckpointError):
             yield partial
@@ -54,7 +56,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
                 replace(folder, partial)
     except CheckpointError as error:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise CheckpointError(f"{folder}: can't be written: {error}") from error
 
 
@@ -68,12 +70,21 @@ def replace(folder: Path, partial: Path) -> None:
             path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
     old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    remove(old)
+    if os.path.lexists(folder):
         folder.rename(old)
     partial.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder, a file or a link, as far as it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sync(path: Path) -> None:
@@ -87,13 +98,17 @@ def sync(path: Path) -> None:
 def lock(folder: Path):
     """Makes the folder; returns an open file that keeps other runs out of it until it is closed or this process ends."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise CheckpointError(f"{folder}: another run is writing there; wait for it to end or choose another exp_name") from error
+        file.seek(0)
+        raise CheckpointError(f"{folder}: another run is writing there: {file.read().strip()} saves and ends by `kill PID`; or "
+                              "choose another exp_name") from error
     except OSError as error:
         raise CheckpointError(f"{folder}: can't be written to: {error.strerror}") from error
+    file.truncate(0)
+    print(f"PID {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file
 
 
@@ -109,15 +124,19 @@ def started(run_dir: Path) -> str:
         with contextlib.suppress(FileExistsError):
             os.link(own, file)
         own.unlink()
-        return file.read_text()
+        return datetime.date.fromisoformat(file.read_text()).isoformat()
     except OSError as error:
         raise CheckpointError(f"{run_dir}: can't be written to: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is no day, YYYY-MM-DD: write that of the run's first start there") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: every rank writes its own shards as safetensors, and any number of ranks goes on from them
 
 MANIFEST = "checkpoint.json"  # lists each file's size and checksum; written last, it is what makes a folder a checkpoint
+FILES = "files.json"  # FINAL's own, with each file's fingerprint
+DAMAGE = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError  # what a file that is not as it was may raise
 FILE_SIZE = 2 ** 28  # bytes, after which a rank begins another file
 N_FILES = 4  # are written or read at once: the disk works while checksums are made. Of a GPU's, so many are in the host's memory
 
@@ -130,6 +149,14 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return weights | {name: value for name, value in state.items() if torch.is_tensor(value)}
 
 
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raises CheckpointError where this rank's part of one is not finite: no step could be good from there on."""
+    for name, tensor in tensors.items():
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} is not finite")
+
+
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, *copies: Path) -> None:
     """Writes what a step changes, `state`, which must be JSON, and copies of files; whole or not at all. All ranks must call it.
 
@@ -137,12 +164,14 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """
     rank = dist.get_rank()
     with written_whole(folder) as partial:
+        tensors = training_state(model, optimizer)
         with failing_together(CheckpointError):
+            check_finite(tensors)
             for file in copies if rank == 0 else ():
                 shutil.copy(file, partial)
             mine = {file.name: facts_of(file) for file in partial.iterdir()} if rank == 0 else {}
         writer = ShardWriter(str(partial), save_distributed=True)
-        dcp.save(training_state(model, optimizer), storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer)
         files = {name: facts for share in gather_all(mine | writer.files) for name, facts in share.items()}
         if rank == 0:
             manifest = state | {"world_size": dist.get_world_size(), "files": dict(sorted(files.items()))}
@@ -186,9 +215,36 @@ def load_checkpoint(folder: Path | None, model: nn.Module, optimizer: torch.opti
         return
     with failing_together(CheckpointError, f"{folder}: does not fit the model"):
         tensors, reader = training_state(model, optimizer), HuggingFaceStorageReader(str(folder), thread_count=N_FILES)
+        files = [str(folder / name) for name in read_manifest(folder)["files"]]
+        reader.fs.ls = lambda _: files  # it would read whatever lies beside them too
         if others := reader.read_metadata().state_dict_metadata.keys() - tensors.keys():
             raise ValueError(f"it holds {min(others)}, which the model has not")
         dcp.load(tensors, storage_reader=reader)
+    with failing_together(CheckpointError, f"{folder}: delete it, to go on from the one before"):
+        check_finite(tensors)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far the run is: what a checkpoint says of it besides weights and optimizer."""
+
+    step: int = 0
+    counter: int = 0  # examples seen
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+
+    def is_due(self, every: int | None, n_examples: int, batch_size: int) -> bool:
+        """Whether it is the end, or the last step, or the start, has reached a multiple of `every`, or a tenth of the run's."""
+        every = every or max(batch_size, n_examples // 10)
+        return self.counter == n_examples or self.counter // every > (self.counter - batch_size) // every
+
+    def may_be_saved(self, n_examples: int) -> bool:
+        """Not while steps are skipped: the checkpoint before them is the one to go back to. What they leave at the end is it."""
+        return not self.consecutive_skips or self.counter == n_examples
+
+    def advance(self, n_examples: int, skipped: bool) -> None:
+        self.step, self.counter, self.skipped_steps = self.step + 1, self.counter + n_examples, self.skipped_steps + skipped
+        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -205,11 +261,13 @@ def step_of(folder: Path) -> int:
 
 def save_latest(run_dir: Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, latest: Path | None,
                 keep_last: int, stop_if_it_fails: bool) -> Path | None:
-    """Saves a run's checkpoint, and removes all before it but keep_last - 1. Returns it.
+    """Saves a run's checkpoint, if it is not there yet, and removes all before it but keep_last - 1. Returns it.
 
     Where it can't be written CheckpointError is raised, or if the run is to go on, a warning is printed and `latest` returned.
     """
     folder = run_dir / "checkpoints" / f"step-{state['step']}"
+    if folder == latest:
+        return latest
     try:
         save_checkpoint(folder, model, optimizer, state, run_dir / "metrics.jsonl")
     except CheckpointError as error:
@@ -228,7 +286,7 @@ def prune_checkpoints(newest: Path, keep_last: int) -> None:
         kept = sorted((path for path in others if (path / MANIFEST).is_file()), key=step_of, reverse=True)[:keep_last - 1]
         for path in others:
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
 
 def find_checkpoint(folders: list[Path]) -> tuple[Path, dict] | None:
@@ -246,7 +304,7 @@ def damaged_files(folder: Path) -> list[str]:
     """Returns those of the checkpoint's files that are not as they were written; each rank looks through its share of them."""
     try:
         files = sorted(read_manifest(folder)["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except DAMAGE:
         return [MANIFEST]
     files = files[dist.get_rank()::dist.get_world_size()]
     with ThreadPoolExecutor(N_FILES) as pool:
@@ -284,12 +342,12 @@ def checksum(content: Path | dict) -> str:
 
 
 @timed("checkpoint")
-def find_start(run_dir: Path, from_checkpoint: str, changes: Callable[[dict], list[str]], data_id: str, n_examples: int,
-               allow_changes: bool) -> tuple[Path | None, dict]:
-    """Returns the checkpoint to go on from and its state: the run's own, or else the one given; or (None, {}).
+def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int,
+               allow_changes: bool) -> tuple[Path | None, Progress]:
+    """Returns the checkpoint to go on from and how far it is: the run's own, or else the one given; or None and a start.
 
-    All ranks must call it. Raises CheckpointError where there is none that is whole, or where it does not belong to this run:
-    `changes` tells from a checkpoint's configuration how the present one differs.
+    All ranks must call it. Raises CheckpointError where there is none that is whole, or where it does not belong to this run,
+    whose `facts` are those that its checkpoints hold: the configuration, what identifies the rows, and the base's fingerprints.
     """
     own = list_checkpoints(run_dir)
     if from_checkpoint and own and Path(from_checkpoint).resolve().is_relative_to(run_dir.resolve()):
@@ -300,33 +358,41 @@ def find_start(run_dir: Path, from_checkpoint: str, changes: Callable[[dict], li
         if own or from_checkpoint:
             raise CheckpointError(f"{run_dir if own else from_checkpoint}: there is no whole checkpoint" +
                                   ("; delete the folder to begin anew" if own else ""))
-        return None, {}
+        return None, Progress()
     folder, state = found
-    different = changes(state["config"])
-    if state["data"] != data_id:
-        different.append("the rows: other files or weights, or tokenised by another tokenizer or version")
+    then, now = state.get("base", facts["base"]), facts["base"]
+    contents = [f"{file}: {then.get(file)} then, {now.get(file)} now" for file in sorted({*then, *now})
+                if then.get(file) != now.get(file)]
+    if state["data"] != facts["data"]:
+        contents.append("the rows: other files or weights, or tokenised by another tokenizer or version")
+    different = changes(state["config"], facts["config"], moved=bool(contents)) + contents
     if different and not allow_changes:
         raise CheckpointError(f"{folder}: this run began differently: {'; '.join(different)}. Go back to that, choose another "
                               "exp_name, or set allow_changes=true")
     if state["counter"] > n_examples:
         raise CheckpointError(f"{folder}: {state['counter']} examples are trained already, more than the {n_examples} asked for")
-    return folder, state
+    return folder, Progress(**{item.name: state.get(item.name, 0) for item in dataclasses.fields(Progress)})
 
 
-def is_final(folder: Path, counter: int) -> bool:
+def is_done(final: Path, counter: int) -> bool:
+    """Whether FINAL is there, of so many examples, and each of its files is as it was written, as far as a few slices tell."""
     try:
-        return json.loads((folder / "metrics.json").read_text())["counter"] == counter
-    except FileNotFoundError:
+        files = json.loads((final / FILES).read_text())
+        return (json.loads((final / "metrics.json").read_text())["counter"] == counter
+                and all(fingerprint(final / name) == its for name, its in files.items()))
+    except DAMAGE:
         return False
 
 
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Yields a list to which SIGTERM and SIGINT are added, instead of ending the process."""
-    caught, numbers = [], (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def catch_signals() -> Callable[[], bool]:
+    """Returns what tells, on all ranks alike, whether one of them is to end: by SIGTERM, SIGHUP or ctrl-C, which from now on end
+    no process at once, but for a ctrl-C after them, or since torchrun, which has started it, is gone. All ranks must call that.
+    """
+    caught, orphaned = [], "TORCHELASTIC_RUN_ID" in os.environ
+
+    def catch(number, _) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    handle_signals(catch)
+    return lambda: on_any_rank(bool(caught) or orphaned and os.getppid() != PARENT)

@@ -17,13 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import CheckpointError, step_of, written_whole
+from checkpoint import FILES, CheckpointError, step_of, written_whole
 from fsdp_utils import failing_together, gather_in_parts
 from lora import merge_lora, save_adapter
-from model_utils import find_file
+from model_utils import TOKENIZER_FILES, find_file, fingerprint
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json",
                    "video_preprocessor_config.json", "feature_extractor_config.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,6 +49,8 @@ def export_model(folder: Path, model, tokenizer, n_steps: int, metrics: dict, se
                 schedule = {"step": metrics["step"], "total_steps": n_steps, "warmup": settings["warmup"], "lr": settings["lr"]}
                 for file, content in {"metrics": metrics, "scheduler": schedule, "sft_config": settings}.items():
                     write_json(partial / f"{file}.json", content)
+                written = [path for path in partial.rglob("*") if path.is_file()]
+                write_json(partial / FILES, {str(path.relative_to(partial)): fingerprint(path) for path in written})
                 if checkpoint and step_of(checkpoint) == metrics["step"]:
                     shutil.copytree(checkpoint, partial / "checkpoint", copy_function=link_or_copy)
 

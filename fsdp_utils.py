@@ -97,6 +97,13 @@ def gather_all(value) -> list:
     return values
 
 
+def on_any_rank(happened: bool) -> bool:
+    """Returns whether it is so on one of the ranks, on all; they need not wait for their GPUs. All ranks must call it."""
+    flag = torch.tensor(int(happened))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 @contextlib.contextmanager
 def failing_together(kind: type[Exception], what: str = "") -> Iterator[None]:
     """Raises kind(f"{what}: …") on every rank where the block fails on one of them. All ranks must enter it.

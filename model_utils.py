@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +29,9 @@ from fsdp_utils import ModelError, gather_all
 from logps import target_logps
 from lora import NEW_ROWS, add_lora
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json")
+SLICE = 2 ** 14  # bytes
 # For a tokenizer that brings none: roles are lines of text, so no token is new, and an answer ends where every engine stops
 PLAIN_TEMPLATE = """\
 {%- for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}\
@@ -250,6 +255,31 @@ def find_weights(name_or_path: str, cache_dir: str) -> dict[str, str]:
         return {}
     with safe_open(file, "pt") as tensors:
         return dict.fromkeys(tensors.keys(), file)
+
+
+def fingerprints(settings: dict, cache_dir: str) -> dict[str, str]:
+    """Returns {file: its size and a checksum} of those that the model, its tokenizer and its adapter begin from.
+
+    Of a file of more than 4 MB the checksum is of 256 slices.
+    """
+    base = "" if settings["random_init"] and not settings["load_from"] else settings["load_from"] or settings["name_or_path"]
+    files = {"config.json": find_file(base, "config.json", cache_dir)} if base else {}
+    files |= {Path(file).name: file for file in find_weights(base, cache_dir).values()} if base else {}
+    source = settings["tokenizer_name_or_path"] or settings["name_or_path"]
+    files |= {name: find_file(source, name, cache_dir) for name in TOKENIZER_FILES}
+    if adapter := settings["load_lora_from"]:
+        files |= {file.name: str(file) for file in Path(adapter).glob("adapter_*")}
+    return {name: fingerprint(file) for name, file in files.items() if file}
+
+
+def fingerprint(file: str | Path) -> str:
+    size = os.path.getsize(file)
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        for start in range(0, size, max(SLICE, size // 256)):
+            stream.seek(start)
+            digest.update(stream.read(SLICE))
+    return f"{size:,} bytes of {digest.hexdigest()[:12]}"
 
 
 @timed("model")

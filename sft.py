@@ -6,7 +6,7 @@
 
 import gc
 
-from configs.base import Config, ModelConfig, changes, fail, one_line, read_command_line
+from configs.base import Config, ModelConfig, fail, one_line, read_command_line
 from hub import CONTROL_TOKENS, HubError, check_access
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
@@ -28,14 +28,14 @@ from torch import nn
 from tqdm import tqdm
 
 from chat import ChatEncoder, answer, load_examples, read_questions
-from checkpoint import CheckpointError, caught_signals, find_start, is_final, load_checkpoint, lock, save_latest, started
+from checkpoint import CheckpointError, Progress, catch_signals, find_start, is_done, load_checkpoint, lock, save_latest, started
 from data import IGNORE, DataError, SFTDataLoader, step_seed, to_device
 from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, say, shard_model
 from log import Log, LogError, count_flops, describe_data, describe_run, describe_start
 from lora import add_lora, load_adapter
-from model_utils import ModelError, check_targets, compute_dtype, load_model, load_tokenizer, load_weights
-from trial import check_gradients, try_model
+from model_utils import ModelError, check_targets, compute_dtype, fingerprints, load_model, load_tokenizer, load_weights
+from trial import check_gradients, in_mode, try_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm: what a fork changes
@@ -105,12 +105,6 @@ def eval_metrics(model: nn.Module, loader: SFTDataLoader, device: torch.device) 
     return all_reduce_means(sums)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -119,30 +113,23 @@ class TrainingError(Exception):
     """A run that can't go on."""
 
 
-@dataclasses.dataclass
-class Progress:
-    """How far the run is: what a checkpoint says of it besides weights and optimizer."""
-
-    step: int = 0
-    counter: int = 0  # examples seen
-    skipped_steps: int = 0
-    consecutive_skips: int = 0
-
-    def is_due(self, every: int | None, n_examples: int, batch_size: int) -> bool:
-        """Whether the last step, or the start, has reached a multiple of `every` examples, or of a tenth of the run's."""
-        every = every or max(batch_size, n_examples // 10)
-        return self.counter // every > (self.counter - batch_size) // every
-
-    def advance(self, n_examples: int, skipped: bool) -> None:
-        self.step, self.counter, self.skipped_steps = self.step + 1, self.counter + n_examples, self.skipped_steps + skipped
-        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
-
-
 def check_skips(at: Progress, most: int, latest: Path | None, loader: SFTDataLoader, n_examples: int) -> None:
     """Raises TrainingError after the `most`th consecutive skipped step, of n_examples."""
     if at.consecutive_skips == most:
         raise TrainingError(f"step {at.step}: the loss or the gradient is not finite, {most} consecutive steps; the last good "
                             f"checkpoint: {latest}; the step's rows: {loader.row_names(at.counter - n_examples)}")
+
+
+@torch.no_grad()
+def check_weights(model: nn.Module, batch: dict | None, step: int, latest: Path | None) -> None:
+    """Raises TrainingError where what the last good step has left gives its `batch` no finite loss: that is never saved."""
+    if not batch:
+        return
+    with in_mode(model, training=False):
+        _, metrics = get_batch_metrics(model, batch, "train", 1)
+    if not math.isfinite(all_reduce_means(metrics)["loss/train"]):
+        raise TrainingError(f"step {step}: the loss is not finite after it, and nothing is saved: is lr too high? The last good "
+                            f"checkpoint: {latest}")
 
 
 def make_encoder(config: Config, run_dir: Path) -> ChatEncoder:
@@ -166,23 +153,8 @@ def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: s
     return model.train()
 
 
-def main(config: Config) -> None:
-    run_dir, settings = Path(config.cache_dir, config.exp_name), dataclasses.asdict(config)
-    locked = lock(run_dir) if os.environ.get("RANK", "0") == "0" else None  # noqa: F841 (it is held as long as it has a name)
-    encoder = make_encoder(config, run_dir)
-    check_targets(settings["model"], config.cache_dir)
-    # Before the processes join: a large data set may take longer to fetch and tokenise than a collective may take.
-    train, held_out, data_id = load_examples(encoder, config.datasets, config.eval_datasets, config.eval_fraction,
-                                             config.conditional, config.seed, config.cache_dir, config.max_bad_rows)
-    n_examples, eval_ids = config.n_examples or config.n_epochs * len(train.ids), held_out.ids[:config.n_eval_examples]
-    questions = read_questions(encoder, held_out.rows, eval_ids[:config.n_eval_answers])
-    rank, world_size, device = init_processes(config.timeout_minutes)
-    latest, state = find_start(run_dir, config.model.from_checkpoint, lambda then: changes(then, config), data_id, n_examples,
-                               config.allow_changes)
-    at = Progress(**{item.name: state.get(item.name, 0) for item in dataclasses.fields(Progress)})
-    if at.counter == n_examples and is_final(run_dir / "FINAL", at.counter):
-        return say(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew")
-
+def make_model_and_optimizer(config: Config, encoder: ChatEncoder, longest: int, device: torch.device, latest: Path | None):
+    """Returns both, sharded, as they were at the checkpoint, or as the run begins; and whether rows are packed."""
     torch.manual_seed(config.seed)
     model = make_model(config.model, encoder.tokenizer, encoder.stop_ids, config.cache_dir, device)
     shard_model(model, make_mesh(device, config.model.replicas), "target_logps", dtype=compute_dtype(device),
@@ -191,19 +163,46 @@ def main(config: Config) -> None:
     check_gradients(model, device, filled=config.model.use_peft or not latest)
     optimizer = make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
     load_checkpoint(latest, model, optimizer)  # if there is one
-    packing = try_model(model, device, max(train.longest, held_out.longest), config.model.packing)
+    packing = try_model(model, device, longest, config.model.packing)
+    return model, optimizer, packing
 
-    layout = {"batch_size": config.model.batch_size, "pad_id": encoder.tokenizer.pad_token_id, "packing": packing, "rank": rank,
+
+def main(config: Config) -> None:
+    run_dir, settings, batch_size = Path(config.cache_dir, config.exp_name), dataclasses.asdict(config), config.model.batch_size
+    locked = lock(run_dir) if os.environ.get("RANK", "0") == "0" else None  # noqa: F841 (it is held as long as it has a name)
+    encoder = make_encoder(config, run_dir)
+    check_targets(settings["model"], config.cache_dir)
+    # Before the processes join: a large data set may take longer to fetch and tokenise than a collective may take.
+    train, held_out, data_id = load_examples(encoder, config.datasets, config.eval_datasets, config.eval_fraction,
+                                             config.conditional, config.seed, config.cache_dir, config.max_bad_rows)
+    n_examples, eval_ids = config.n_examples or config.n_epochs * len(train.ids), held_out.ids[:config.n_eval_examples]
+    questions = read_questions(encoder, held_out.rows, eval_ids[:config.n_eval_answers])
+    facts = {"config": settings, "data": data_id, "base": fingerprints(settings["model"], config.cache_dir)}
+    rank, world_size, device = init_processes(config.timeout_minutes)
+    latest, at = find_start(run_dir, config.model.from_checkpoint, facts, n_examples, config.allow_changes)
+    if at.counter == n_examples and is_done(run_dir / "FINAL", at.counter):
+        return say(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew")
+    model, optimizer, packing = make_model_and_optimizer(config, encoder, max(train.longest, held_out.longest), device, latest)
+    layout = {"batch_size": batch_size, "pad_id": encoder.tokenizer.pad_token_id, "packing": packing, "rank": rank,
               "world_size": world_size, "microbatch_tokens": max(config.model.microbatch_tokens, config.model.max_length)}
     loader = SFTDataLoader(*train, n_examples, config.seed, config.model.gradient_accumulation_steps, **layout)
     eval_loader = SFTDataLoader(held_out.rows, eval_ids, len(eval_ids), **layout)
-    n_steps = at.step + math.ceil((n_examples - at.counter) / config.model.batch_size)
+    n_steps = at.step + math.ceil((n_examples - at.counter) / batch_size)
     say(describe_data(encoder.tokenizer, train, held_out, run_dir),
         describe_run(n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest), describe_start())
-    log, answers = Log(run_dir, latest, at.counter, n_examples, device, count_flops(model), settings), {}
-    with contextlib.closing(log), caught_signals() as signals:
-        while True:  # an evaluation stands at the top, so that start, middle, end and resume are one case
-            if at.step == n_steps or at.is_due(config.eval_every, n_examples, config.model.batch_size):
+    log = Log(run_dir, latest, at.counter, n_examples, device, count_flops(model), settings)
+    answers, first, last, must_end = {}, at.step, None, catch_signals()
+    with contextlib.closing(log):
+        while True:  # saving and evaluating stand at the top, so that start, middle, end and resume are one case
+            stop = at.step < n_steps and must_end()
+            if at.step > first and at.may_be_saved(n_examples) and (stop or at.is_due(config.save_every, n_examples, batch_size)):
+                with log.pause("saving"):
+                    check_weights(model, last, at.step, latest)
+                    latest = save_latest(run_dir, vars(at) | facts, model, optimizer, latest, config.keep_last,
+                                         config.stop_if_save_fails)
+            if stop:
+                return say(f"stopped by a signal after step {at.step}; the same command goes on from {latest or 'the start'}")
+            if at.is_due(config.eval_every, n_examples, batch_size):
                 with log.pause("evaluating"):
                     if len(eval_ids) and (at.step or config.do_first_eval):
                         log.add_evaluation(at.step, at.counter, eval_metrics(model, eval_loader, device))
@@ -216,29 +215,30 @@ def main(config: Config) -> None:
             torch.manual_seed(step_seed(config.seed, at.step, rank))
             sums = {}
             for i, batch in enumerate(loader.microbatches(at.counter), 1):
+                if stop := i > 1 and must_end():
+                    break
                 model.set_requires_all_reduce(i == batch["n_microbatches"])  # over replicas gradients are summed once a step
-                loss, metrics = get_batch_metrics(model, to_device(batch, device), "train", batch["global_target_count"])
+                batch = to_device(batch, device)
+                loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
                 loss.backward()
                 accumulate(sums, metrics)
                 log.add_microbatch(batch)
-            lr = set_lr(optimizer, get_lr(at.step + 1, n_steps, config.warmup, config.lr))
+            if stop:  # a step may take longer than there is time: what is computed of it is dropped
+                optimizer.zero_grad()
+                continue
+            lr = get_lr(at.step + 1, n_steps, config.warmup, config.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             grad_norm = clip_gradients(model.parameters(), config.model.max_grad_norm).item()
-            sums["signals"] = torch.full((2,), len(signals), dtype=torch.float64, device=device)
             means = all_reduce_means(sums)
-            stop = means.pop("signals") == 1 and at.step + 1 < n_steps  # one rank's stops them all; 0 / 0 where there is none
             skipped = not (math.isfinite(grad_norm) and math.isfinite(means["loss/train"]))  # the same on every rank
             if not skipped:
                 optimizer.step()
+                last = batch
             optimizer.zero_grad()
             at.advance(batch["n_examples"], skipped)
             log.add_step(at.step, at.counter, at.skipped_steps, lr, grad_norm, means, batch)
             check_skips(at, config.max_skipped_steps, latest, loader, batch["n_examples"])
-            if stop or at.step == n_steps or at.is_due(config.save_every, n_examples, config.model.batch_size):
-                with log.pause("saving"):
-                    state = vars(at) | {"config": settings, "data": data_id}
-                    latest = save_latest(run_dir, state, model, optimizer, latest, config.keep_last, config.stop_if_save_fails)
-            if stop:
-                return say(f"stopped by a signal after step {at.step}; the same command goes on from {latest}")
         export_model(run_dir / "FINAL", model, encoder.tokenizer, n_steps, log.last, settings, merged=True, checkpoint=latest)
     say(log.summary(questions, answers, run_dir / "FINAL"))
 
@@ -250,7 +250,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     try:
         main(config)
-    except (DataError, HubError, ModelError, CheckpointError, LogError, TrainingError) as error:
+    except (DataError, HubError, ModelError, CheckpointError, LogError, TrainingError, OSError) as error:
         fail(error, end_process)
     except Exception as error:
         if not (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):

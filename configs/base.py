@@ -16,13 +16,14 @@ import math
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 import types
 import typing
 from dataclasses import dataclass, field
 
-STARTED = time.perf_counter()  # a script imports this file before all that takes long
+STARTED, PARENT = time.perf_counter(), os.getppid()  # a script imports this file before all that takes long
 PARTS = {}  # of this process's start: seconds by name
 
 ANY = ("", lambda value: True)
@@ -30,12 +31,12 @@ DTYPE = ("float32, bfloat16 or float16", lambda value: value in ("", "float32", 
 ABOVE_0 = ("above 0", lambda value: value > 0)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-# Whether a resumed run may have another value: it may where each step's rows and loss stay the same. (The data sets may have
-# moved: the rows themselves are compared.)
-FIXED, FREE = False, True
+# Whether a resumed run may have another value: it may where each step's rows and loss stay the same. What is MOVED may have
+# another name, and is told by what it holds.
+FIXED, MOVED, FREE = "fixed", "moved", "free"
 
 
-def knob(default, bounds: tuple, may_change: bool, meaning: str):
+def knob(default, bounds: tuple, may_change: str, meaning: str):
     """A field of the dataclasses below. A list's default is copied for each; bounds don't hold for null."""
     metadata = {"bounds": bounds, "may_change": may_change, "meaning": meaning}
     if isinstance(default, list):
@@ -54,12 +55,12 @@ class PeftConfig:
 
 @dataclass(slots=True)
 class ModelConfig:
-    name_or_path: str = knob("", ANY, FIXED, "required: a Hugging Face model, by hub name or folder (or random_init)")
-    tokenizer_name_or_path: str = knob("", ANY, FIXED, "where the tokenizer is, if not with the model")
+    name_or_path: str = knob("", ANY, MOVED, "required: a Hugging Face model, by hub name or folder (or random_init)")
+    tokenizer_name_or_path: str = knob("", ANY, MOVED, "where the tokenizer is, if not with the model")
     random_init: dict | None = knob(None, ANY, FIXED, 'a transformers config, {"model_type": "llama", ...}: random weights')
     chat_template: str = knob("", ANY, FIXED, "file of a Jinja chat template to use instead of the tokenizer's own")
     template_kwargs: dict | None = knob(None, ANY, FIXED, 'the template\'s own switches, {"enable_thinking": false}')
-    load_from: str = knob("", ANY, FIXED, "folder with weights to start from instead of name_or_path's")
+    load_from: str = knob("", ANY, MOVED, "folder with weights to start from instead of name_or_path's")
     from_checkpoint: str = knob("", ANY, FREE, "another run's checkpoint to begin from: weights, optimizer, place in the data")
     batch_size: int = knob(32, ABOVE_0, FIXED, "examples per optimizer step, over all ranks and accumulation steps")
     gradient_accumulation_steps: int = knob(1, ABOVE_0, FREE, "microbatches per rank and step, at least; see the next key")
@@ -73,7 +74,7 @@ class ModelConfig:
     replicas: int = knob(1, ABOVE_0, FREE, "copies of the model, each sharded over neighbouring ranks: HSDP, one a machine")
     compile: bool = knob(False, ANY, FREE, "compile each block and, on a GPU, the log-prob kernel: a minute at the start")
     use_peft: bool = knob(False, ANY, FIXED, "train LoRA adapters, not the weights")
-    load_lora_from: str = knob("", ANY, FIXED, "folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale")
+    load_lora_from: str = knob("", ANY, MOVED, "folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale")
     peft: PeftConfig = field(default_factory=PeftConfig)
 
 
@@ -86,8 +87,8 @@ class WandbConfig:
 @dataclass(slots=True)
 class Config:
     exp_name: str = knob("", ANY, FREE, "required: the run's name; it writes to {cache_dir}/{exp_name}")
-    datasets: list[str] = knob([], ANY, FREE, "required: files, folders, names or hub:owner/name; *2 doubles a weight")
-    eval_datasets: list[str] = knob([], ANY, FREE, "held-out ones; else the test splits of the named data sets")
+    datasets: list[str] = knob([], ANY, MOVED, "required: files, folders, names or hub:owner/name; *2 doubles a weight")
+    eval_datasets: list[str] = knob([], ANY, MOVED, "held-out ones; else the test splits of the named data sets")
     conditional: bool = knob(False, ANY, FIXED, "named sets' answers begin with <|good|>; rejected ones, too, with <|bad|>")
     eval_fraction: float = knob(0.0, FRACTION, FIXED, "fraction of the rows to hold out where there are no eval_datasets")
     last_answer_only: bool = knob(False, ANY, FIXED, "train only the last answer of each row")
@@ -209,14 +210,17 @@ def missing_files(config: Config) -> list[str]:
     return errors
 
 
-def changes(then: dict, now: Config) -> list[str]:
-    """Returns a line for each key whose change alters a run that began with the configuration `then`, as asdict gives it."""
+def changes(then: dict, now: dict, moved: bool = False) -> list[str]:
+    """Returns a line for each key whose change alters a run that began with the configuration `then`; both as asdict gives them.
+
+    A key that `then` does not know had its default: an older version began the run. `moved` tells of what has another name too.
+    """
     lines = []
     for key, (item, _) in knobs(Config):
-        old, new = then, get_key(now, key)
+        old, new = then, now
         for name in key.split("."):
-            old = old.get(name, default_of(item)) if isinstance(old, dict) else default_of(item)
-        if old != new and not item.metadata["may_change"]:
+            old, new = old.get(name, default_of(item)) if isinstance(old, dict) else default_of(item), new[name]
+        if old != new and item.metadata["may_change"] in (FIXED, *[MOVED] * moved):
             lines.append(f"{key}: {old!r} then, {new!r} now")
     return lines
 
@@ -277,6 +281,7 @@ def read_command_line(more_checks: typing.Callable[[Config], list[str]]) -> Conf
         with contextlib.suppress(BrokenPipeError):
             print(usage(), flush=True)
         os._exit(0)  # Python itself would complain of the pipe that `head` has closed
+    handle_signals(end_early)
     try:
         return load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), more_checks)
     except ConfigError as error:
@@ -285,12 +290,30 @@ def read_command_line(more_checks: typing.Callable[[Config], list[str]]) -> Conf
         PARTS["configuration"] = time.perf_counter() - STARTED
 
 
+def handle_signals(handler: typing.Callable | signal.Handlers) -> None:
+    """Has handler(number, frame) called by what asks a run to end, but for what is ignored: by nohup, a closed terminal."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def end_early(number: int, _) -> None:
+    """Ends this process and its own with a line: before a run's first step there is nothing to save."""
+    if os.environ.get("RANK", "0") == "0":
+        name = signal.Signals(number).name
+        os.write(2, f"\n{os.path.basename(sys.argv[0])}: ended by {name} before its first step\n".encode())
+    for process in sys.modules["multiprocessing"].active_children() if "multiprocessing" in sys.modules else ():
+        process.kill()
+    os._exit(128 + number)
+
+
 def fail(error: object, end: typing.Callable[[int], typing.NoReturn] = sys.exit, wait: float | None = None) -> typing.NoReturn:
     """Ends this process with code 1 and the error's text as the last one on the screen: torchrun prints that of its file last.
 
     wait   seconds in which another rank may speak first, whose end makes torchrun end this one too. By default the first of a
            machine's ranks speaks for all, since all find the same.
     """
+    handle_signals(signal.SIG_DFL)  # there is nothing more to save
     time.sleep(60 * (os.environ.get("LOCAL_RANK", "0") != "0") if wait is None else wait)
     text = f"{os.path.basename(sys.argv[0])}: {error}"
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

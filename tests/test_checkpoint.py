@@ -4,14 +4,15 @@ import atexit
 import contextlib
 import datetime
 import json
-import math
 import os
 import resource
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoint
+import sft
 from benchmarks.kill import family, kill_family, read_records
 from checkpoint import (
     CheckpointError,
@@ -43,7 +45,7 @@ from checkpoint import (
     started,
     training_state,
 )
-from configs.base import ModelConfig
+from configs.base import ModelConfig, load_config
 from fsdp_utils import end_process, init_processes, make_mesh, shard_model
 from model_utils import load_tokenizer
 from sft import make_model, make_optimizer
@@ -157,9 +159,9 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(seed):
     assert "bit for bit" in run_well(ROOT / "benchmarks/kill.py", "--kills", 2, "--rows", 192, "--seed", seed, timeout=400)
 
 
-@pytest.mark.parametrize("rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT)])
+@pytest.mark.parametrize("rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT), (0, signal.SIGHUP)])
 def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(folder, straight, rank, number):
-    name = f"stopped-{rank}"
+    name = f"stopped-{rank}-{number}"
     run = folder / "runs" / name
     with Forked(2, run_file, command(name), folder) as ranks:
         wait_for_step(3, ranks, run)
@@ -170,6 +172,71 @@ def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(folder, straight, rank, 
     assert 3 <= step < 15 and not (run / "FINAL").exists()
     assert f"stopped by a signal after step {step}; the same command goes on from runs/{name}/checkpoints/step-{step}" in stdout
     assert f"resumed from runs/{name}/checkpoints/step-{step}\n" in run_well(*command(name), n_processes=2, cwd=folder)
+    assert_same(run, straight)
+
+
+def signalled_in_a_step(folder: Path, name: str, number: int, after: int, times: int = 1) -> None:
+    """A run of four microbatches a step, which sends itself a signal, on rank 1 alone, before its `after`th microbatch."""
+    sys.argv = ["sft.py"]
+    os.chdir(folder)
+    counts, compute = Counter(), sft.get_batch_metrics
+
+    def counted(model, batch, mode, n):
+        counts[torch.is_grad_enabled()] += 1
+        if torch.is_grad_enabled() and counts[True] == after and os.environ["RANK"] == "1":
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return compute(model, batch, mode, n)
+
+    sft.get_batch_metrics = counted
+    overrides = ["model.gradient_accumulation_steps=4", "n_epochs=1", "save_every=1000", f"exp_name={name}"]
+    sft.main(load_config(["--config", "config.py", *overrides], 2))
+    Path(f"{name}-{os.environ['RANK']}").write_text(str(counts[True]))
+    end_process()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_step_is_left_early_where_a_signal_comes(folder, number):
+    """A step may take longer than torchrun waits: what is computed of it is dropped, and the step before it saved."""
+    run_ranks(2, signalled_in_a_step, folder, f"within-{number}", number, 10)
+    assert [(folder / f"within-{number}-{rank}").read_text() for rank in (0, 1)] == ["10", "10"]  # the third step's second
+    run = folder / "runs" / f"within-{number}"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"] and read_records(run)[-1]["step"] == 2
+    for name in (run.name, "undisturbed"):
+        run_ranks(2, signalled_in_a_step, folder, name, number, 0)
+    assert_same(run, folder / "runs/undisturbed")
+
+
+def test_a_second_ctrl_c_ends_at_once(folder):
+    done = run_forked(2, signalled_in_a_step, folder, "twice", signal.SIGINT, 10, 2)
+    assert done.returncode == -signal.SIGINT and not [*folder.glob("runs/twice/checkpoints/*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_first_step_ends_with_a_line(folder, number):
+    """It comes while torch is imported, or thereafter."""
+    process = launch(command("early"), cwd=folder)
+    while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr.split("\n") == ["", f"sft.py: ended by {number.name} before its first step", ""]
+    assert not (folder / "runs/early").exists()
+
+
+def test_workers_whose_torchrun_is_gone_save_and_end(folder, straight):
+    run = folder / "runs/orphaned"
+    with torchrun(folder, *command("orphaned")) as process:
+        wait_for_step(3, process, run)
+        workers = family(process.pid)[1:]
+        process.kill()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert (run / "FINAL").exists() or (run / f"checkpoints/step-{read_records(run)[-1]['step']}/checkpoint.json").exists()
+    run_well(*command("orphaned"), n_processes=2, cwd=folder)
     assert_same(run, straight)
 
 
@@ -273,6 +340,86 @@ def test_a_finished_run_is_left_alone_and_goes_on_if_asked_for_more(folder, stra
     assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".old")]
 
 
+def put_folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def put_file(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.write_text("no folder")
+
+
+FINALS = {"metrics.json cut": lambda final: cut(final / "metrics.json"),
+          "metrics.json empty": lambda final: (final / "metrics.json").write_text(""),
+          "metrics.json of no keys": lambda final: (final / "metrics.json").write_text("{}"),
+          "metrics.json a list": lambda final: (final / "metrics.json").write_text("[]"),
+          "metrics.json a folder": lambda final: put_folder(final / "metrics.json"),
+          "files.json of brackets": lambda final: (final / "files.json").write_text("[" * 100_000),
+          "no weights": lambda final: (final / "model.safetensors").unlink(),
+          "weights cut": lambda final: cut(final / "model.safetensors"),
+          "weights of zeros": lambda final: zero(final / "model.safetensors"),
+          "no tokenizer": lambda final: (final / "tokenizer.model").unlink(), "a file": put_file, "gone": shutil.rmtree}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def zero(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", FINALS)
+def test_final_is_written_anew_where_it_is_not_whole(folder, straight, damage):
+    run = copy_of(straight, f"FINAL, {damage}")
+    FINALS[damage](run / "FINAL")
+    said = run_well(*command(run.name), n_processes=2, cwd=folder)
+    assert "finished already" not in said and f"resumed from runs/{run.name}/checkpoints/step-15\n" in said
+    assert_same(run, straight)
+    assert {path.name for path in run.iterdir()} == {path.name for path in straight.iterdir()}
+    assert "finished already" in run_well(*command(run.name), n_processes=2, cwd=folder)
+
+
+STRAYS = {"step-15.partial a file": lambda run: put_file(run / "checkpoints/step-15.partial"),
+          "FINAL.partial a file": lambda run: put_file(run / "FINAL.partial"),
+          "FINAL.old a file": lambda run: put_file(run / "FINAL.old"),
+          "step-15 a file": lambda run: put_file(run / "checkpoints/step-15"),
+          "step-99 a file": lambda run: put_file(run / "checkpoints/step-99"),
+          "step-15 an empty folder": lambda run: put_folder(run / "checkpoints/step-15"),
+          "other weights": lambda run: save_file({"a": torch.ones(3)}, run / "checkpoints/step-14/junk.safetensors"),
+          "no safetensors": lambda run: (run / "checkpoints/step-14/junk.safetensors").write_text("junk")}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+def test_what_lies_in_the_way_does_not_stop_a_run(folder, straight, stray):
+    run = copy_of(straight, f"with {stray}", "FINAL", "step-15")
+    STRAYS[stray](run)
+    run_well(*command(run.name), n_processes=2, cwd=folder)
+    assert_same(run, straight)
+    assert [*map(str, find_paths(run))] == [*map(str, find_paths(straight))]
+
+
+def find_paths(run: Path) -> list[Path]:
+    return sorted(path.relative_to(run) for path in run.rglob("*") if path.name != "junk.safetensors")
+
+
+IN_PLACE_OF = {"metrics.jsonl": "Is a directory: 'runs/{run}/metrics.jsonl'",
+               "data.json": "Is a directory: 'runs/{run}/data.json'",
+               "lock": "runs/{run}: can't be written to: Is a directory",
+               "first_day": "runs/{run}: can't be written to: Is a directory"}
+
+
+@pytest.mark.parametrize("name", IN_PLACE_OF)
+def test_a_folder_in_a_file_s_place_is_told_in_a_line(folder, straight, name):
+    run = copy_of(straight, f"{name} a folder", "FINAL")
+    put_folder(run / name)
+    done = run_script(*command(run.name), n_processes=2, cwd=folder)
+    (line,) = done.stderr.splitlines()[-1:]
+    assert done.returncode == 1 and line.startswith("sft.py: ") and IN_PLACE_OF[name].format(run=run.name) in line
+    assert "Traceback" not in done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Found
 
@@ -296,7 +443,7 @@ FILES = ["checkpoint.json", "metrics.jsonl", "rank-00000-00000.safetensors", "ra
 DAMAGES = {"a bit": lambda file: flip(file, file.stat().st_size // 2), "the last bit": lambda file: flip(file, -2),
            "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]), "longer": lambda file: file.open("a").write("0"),
            "empty": lambda file: file.write_bytes(b""), "gone": lambda file: file.unlink(),
-           "a folder": lambda file: (file.unlink(), file.mkdir())}
+           "a folder": lambda file: (file.unlink(), file.mkdir()), "brackets": lambda file: file.write_text("[" * 100_000)}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -392,6 +539,10 @@ def write_many_files(folder: Path) -> None:
     saved = {name: tensor.detach().clone() for name, tensor in locals_.items()}
     save_checkpoint(folder / "ours", model, optimizer, {"step": 1})
     dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder / "torch"), save_distributed=True))
+    if rank == 0:
+        manifest = {"files": {file.name: [] for file in (folder / "torch").iterdir()}}
+        (folder / "torch/checkpoint.json").write_text(json.dumps(manifest | {"sha256": checksum(manifest)}))
+    dist.barrier()
     for name in ("ours", "torch"):
         for tensor in locals_.values():
             tensor.detach().fill_(7)
@@ -453,19 +604,41 @@ def refused(folder, straight) -> dict:
     copy_of(straight, "rewound")
     (folder / "a file").write_text("")
     locked = lock(folder / "runs/locked")
+    write_others(folder)
     done = {name: run_script(*command(*argv), cwd=folder) for name, (argv, _) in REFUSED.items()}  # not at once: they lock
     locked.close()
     return done
 
 
+def write_others(folder: Path) -> None:
+    """Two LoRA runs that are done, and their base with a bit of a weight changed, in its place and elsewhere; a tokenizer."""
+    shutil.copytree(folder / "model", folder / "base")
+    shutil.copytree(folder / "model", folder / "other")
+    run_well(*command("lora", "model.name_or_path=base", "model.use_peft=true", "n_epochs=1"), cwd=folder)
+    for base in ("base", "other"):
+        shutil.copytree(folder / "runs/lora", folder / f"runs/lora on {base}")
+    retold = json.loads((folder / "model/tokenizer_config.json").read_text()) | {"model_max_length": 77}
+    shutil.copytree(folder / "model", folder / "retold")
+    (folder / "retold/tokenizer_config.json").write_text(json.dumps(retold))
+    flip(folder / "base/model.safetensors", -2)
+    flip(folder / "other/model.safetensors", -2)
+
+
 REFUSED = {  # name → (the name of the run and overrides, parts of the line)
     "another rate": (["straight", "lr=2e-2"], ["checkpoints/step-15: this run began differently: lr: 0.01 then, 0.02 now. Go"]),
     "two keys": (["straight", "model.batch_size=4", "warmup=0.5"], ["warmup: 0.1 then, 0.5 now; model.batch_size: 8 then, 4"]),
-    "other rows": (["straight", "datasets=[changed.jsonl]"], ["differently: the rows: other files"]),
+    "another base under the same name": (["lora on base", "model.name_or_path=base", "model.use_peft=true"],
+                                         ["began differently: model.safetensors: 143,", " bytes of ", " then, 143,", " now. Go"]),
+    "another base": (["lora on other", "model.name_or_path=other", "model.use_peft=true"],
+                     ["differently: model.name_or_path: 'base' then, 'other' now; model.safetensors: 143,"]),
+    "another tokenizer": (["straight", "model.tokenizer_name_or_path=retold"],
+                          ["differently: model.tokenizer_name_or_path: '' then, 'retold' now; tokenizer_config.json: "]),
+    "other rows": (["straight", "datasets=[changed.jsonl]"],
+                   ["differently: datasets: ['train.jsonl'] then, ['changed.jsonl'] now; the rows: other files"]),
     "another model": (["straight", "model.random_init={\"model_type\": \"llama\"}"], ["model.random_init: None then, "]),
     "fewer epochs": (["straight", "n_epochs=2"], ["120 examples are trained already, more than the 80 asked for"]),
     "no whole checkpoint": (["damaged"], ["runs/damaged: there is no whole checkpoint; delete the folder to begin anew"]),
-    "a second run": (["locked"], ["runs/locked: another run is writing there; wait for it to end or choose another exp_name"]),
+    "a second run": (["locked"], ["runs/locked: another run is writing there: PID ", " saves and ends by `kill PID`; or choose"]),
     "its own checkpoint": (["rewound", "model.from_checkpoint=runs/rewound/checkpoints/step-14"], ["is this run's own"]),
     "not a checkpoint": (["new", "model.from_checkpoint=model"],
                          ["model.from_checkpoint=model: this folder holds no checkpoint.json"]),
@@ -485,6 +658,11 @@ def test_what_can_t_be_resumed_is_refused_in_one_line(refused, name):
 def test_a_refused_run_leaves_everything_as_it_was(refused, straight):
     assert (straight / "FINAL/model.safetensors").exists() and len(read_records(straight)) == 15 + 4
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step-14", "step-15"}
+
+
+def test_a_base_that_has_moved_is_the_same(folder, straight):
+    shutil.copytree(folder / "model", folder / "moved")
+    assert "finished already" in run_well(*command("straight", "model.name_or_path=moved"), n_processes=2, cwd=folder)
 
 
 def test_a_change_is_allowed_where_it_is_asked_for(folder, straight):
@@ -545,12 +723,12 @@ def test_a_full_disk_is_said_in_one_line(folder, straight, tmp_path):
 
 @pytest.fixture(scope="module")
 def bad(folder) -> Path:
-    """The model, but for one token: where it is read, the loss is not a number. Every 20th row holds it."""
+    """The model, but for one token: where it is read, the gradient is not a number. Every 20th row holds it."""
     shutil.copytree(folder / "model", folder / "bad")
     weights = load_file(folder / "model/model.safetensors")
     from transformers import AutoTokenizer
     token = AutoTokenizer.from_pretrained(folder / "model").convert_tokens_to_ids("X")
-    weights["model.embed_tokens.weight"][token] = math.nan
+    weights["model.embed_tokens.weight"][token] = 3e38  # of which the square is none
     save_file(weights, folder / "bad/model.safetensors", metadata={"format": "pt"})
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for row in rows[::20]:
@@ -565,15 +743,13 @@ BAD = ["model.name_or_path=bad", "datasets=[bad.jsonl]", "n_epochs=2"]
 def test_a_step_of_bad_numbers_is_skipped_on_all_ranks_and_counted(bad, straight):
     run_well(*command("skipping", *BAD), n_processes=2, cwd=bad)
     records = [record for record in read_records(bad / "runs/skipping") if "loss/train" in record]
-    skipped = [record["loss/train"] is None for record in records]
+    skipped = [record["grad_norm"] is None for record in records]
     assert 2 <= sum(skipped) <= 4 and not all(skipped)  # two rows an epoch, in one step or in two
     assert [record["skipped_steps"] for record in records] == [sum(skipped[:i + 1]) for i in range(10)]
-    for record, bad_one in zip(records, skipped):
-        assert (record["grad_norm"] is None) == bad_one and (bad_one or record["loss/train"] > 0)
+    assert all(record["loss/train"] > 0 for record in records)
     weights = load_file(bad / "runs/skipping/FINAL/model.safetensors")
-    finite = {name: tensor.isfinite().float().mean() for name, tensor in weights.items()}
-    assert {name for name, part in finite.items() if part < 1} == {"model.embed_tokens.weight"}  # in the one row, as before
-    assert weights["model.embed_tokens.weight"].isnan().any(1).sum() == 1
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert (weights["model.embed_tokens.weight"] > 1e38).any(1).sum() == 1
     state = [load_file(file) for file in (bad / "runs/skipping/FINAL/checkpoint").glob("*.safetensors")]
     steps = {tensor.item() for shard in state for name, tensor in shard.items() if name.endswith(".step")}
     assert steps == {10 - sum(skipped)}  # as often AdamW was called
@@ -588,3 +764,80 @@ def test_too_many_bad_steps_end_the_run_and_name_the_rows(bad):
     assert f"step {step}: the loss or the gradient is not finite, 1 consecutive steps; the last good checkpoint: {latest}" in line
     places = line.partition("the step's rows: ")[2].split(", ")
     assert len(set(places)) == 8 and {"bad.jsonl:1", "bad.jsonl:21"} & set(places)
+
+
+def find_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("save_every, says", [(8, "step 15: the loss is not finite after it, and nothing is saved"), (
+    1000, "step 17: the loss or the gradient is not finite, 2 consecutive steps")])
+def test_of_a_run_whose_weights_explode_the_last_good_checkpoint_survives(folder, straight, save_every, says):
+    """A step of a rate of 1e30 leaves weights that are finite, and of which no loss is."""
+    run = copy_of(straight, f"exploding-{save_every}", "FINAL", "step-15")
+    done = run_script(*command(run.name, "lr=1e30", f"save_every={save_every}", "n_epochs=6", "allow_changes=true", "keep_last=1",
+                               "max_skipped_steps=2", "eval_every=1000"), n_processes=2, cwd=folder)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sft.py: ")]
+    assert done.returncode == 1 and line.startswith(f"sft.py: {says}")
+    assert f"checkpoint: runs/{run.name}/checkpoints/step-14" in line
+    assert find_names(run / "checkpoints") == {"step-14"}
+    run_well(*command(run.name), n_processes=2, cwd=folder)
+    assert_same(run, straight)
+
+
+def test_while_steps_are_skipped_nothing_is_saved_nor_pruned(bad):
+    """A signal comes while they are, and the run is resumed: it goes on from before them, to the same end."""
+    run_well(*command("undisturbed, bad", *BAD, "save_every=8"), n_processes=2, cwd=bad)
+    records = [record for record in read_records(bad / "runs/undisturbed, bad") if "loss/train" in record]
+    first = next(record["step"] for record in records if record["grad_norm"] is None)
+    run_ranks(2, stopped_after, bad, "stopped, bad", first)
+    assert find_names(bad / "runs/stopped, bad/checkpoints") == {f"step-{n}" for n in (first - 2, first - 1) if n > 0}
+    run_well(*command("stopped, bad", *BAD, "save_every=8"), n_processes=2, cwd=bad)
+    assert_same(bad / "runs/stopped, bad", bad / "runs/undisturbed, bad")
+
+
+def stopped_after(folder: Path, name: str, step: int) -> None:
+    sys.argv = ["sft.py"]
+    os.chdir(folder)
+    add_step = sft.Log.add_step
+
+    def add_and_stop(log, n, *facts):
+        add_step(log, n, *facts)
+        if n == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sft.Log.add_step = add_and_stop
+    sft.main(load_config(["--config", "config.py", f"exp_name={name}", "save_every=8", *BAD], 2))
+    end_process()
+
+
+def save_what_is_not_finite(folder: Path) -> None:
+    """One value of one rank's: of weights, or of a moment; and a checkpoint that holds such, of which the other rank knows."""
+    rank, _, device = init_processes()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY))
+    shard_model(model, make_mesh(device))
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
+    for name in ("lm_head.weight", "state.lm_head.weight.exp_avg_sq"):
+        tensor = training_state(model, optimizer)[name].to_local()
+        if rank == 1:
+            tensor[-1, -1] = torch.inf
+        with pytest.raises(CheckpointError, match=f"step-1: can't be written: {name} is not finite$"):
+            save_checkpoint(folder / "step-1", model, optimizer, {})
+        dist.barrier()
+        assert not [*folder.iterdir()]
+        dist.barrier()
+        checkpoint.check_finite, check = lambda tensors: None, checkpoint.check_finite
+        save_checkpoint(folder / "step-1", model, optimizer, {})
+        checkpoint.check_finite = check
+        with pytest.raises(CheckpointError, match=f"step-1: delete it, to go on from the one before: {name} is not finite$"):
+            load_checkpoint(folder / "step-1", model, optimizer)
+        tensor.fill_(0)
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder / "step-1")
+        dist.barrier()
+    end_process()
+
+
+def test_what_is_not_finite_is_neither_saved_nor_resumed(tmp_path):
+    run_ranks(2, save_what_is_not_finite, tmp_path)

@@ -17,6 +17,7 @@ from configs.base import (
     FIXED,
     FRACTION,
     FREE,
+    MOVED,
     NOT_NEGATIVE,
     Config,
     ConfigError,
@@ -181,7 +182,7 @@ def test_every_field_of_the_configuration_is_a_knob_or_holds_knobs():
 def test_every_knob_says_its_bounds_whether_it_may_change_and_what_it_means(key, item):
     assert item.metadata.keys() == {"bounds", "may_change", "meaning"}
     (text, holds), meaning = item.metadata["bounds"], item.metadata["meaning"]
-    assert (text, holds) in (ANY, DTYPE, ABOVE_0, NOT_NEGATIVE, FRACTION) and item.metadata["may_change"] in (FIXED, FREE)
+    assert (text, holds) in (ANY, DTYPE, ABOVE_0, NOT_NEGATIVE, FRACTION) and item.metadata["may_change"] in (FIXED, MOVED, FREE)
     assert len(meaning) > 5 and "\n" not in meaning and not meaning.endswith(".")
     default = default_of(item)
     assert default is None or holds(default) and get_key(Config(), key) == default
@@ -209,26 +210,33 @@ def test_a_resumed_run_may_change_a_knob_if_it_says_so(key, item):
     after = {bool: lambda: not before, str: lambda: f"{before}x", list: lambda: [*before, "x"], int: lambda: before + 1,
              float: lambda: before + 0.5, type(None): lambda: 7}[type(before)]()
     set_key(now, key, after)
-    assert changes(then, now) == ([] if item.metadata["may_change"] else [f"{key}: {before!r} then, {after!r} now"])
-    assert changes(dataclasses.asdict(now), now) == []
+    now, may_change = dataclasses.asdict(now), item.metadata["may_change"]
+    line = [f"{key}: {before!r} then, {after!r} now"]
+    assert changes(then, now) == line * (may_change == FIXED)
+    assert changes(then, now, moved=True) == line * (may_change in (FIXED, MOVED))
+    assert changes(now, now) == []
 
 
 def test_what_a_step_computes_is_fixed_and_how_far_and_how_fast_a_run_goes_is_not():
     may_change = {key: item.metadata["may_change"] for key, (item, _) in KNOBS}
     fixed = ["lr", "warmup", "seed", "weight_decay", "beta1", "beta2", "eps", "eval_fraction", "conditional", "last_answer_only",
              "model.chat_template", "model.template_kwargs", "model.batch_size", "model.max_length", "model.max_prompt_length",
-             "model.max_grad_norm", "model.name_or_path", "model.load_from", "model.use_peft",
+             "model.max_grad_norm", "model.use_peft",
              *(key for key in may_change if key.startswith("model.peft."))]
-    free = ["n_epochs", "n_examples", "max_bad_rows", "eval_every", "save_every", "cache_dir", "exp_name", "datasets",
-            "model.replicas", "model.microbatch_tokens", "model.gradient_accumulation_steps", "model.packing", "model.compile"]
-    assert not any(may_change[key] for key in fixed) and all(may_change[key] for key in free)
+    moved = ["datasets", "eval_datasets", "model.name_or_path", "model.tokenizer_name_or_path", "model.load_from",
+             "model.load_lora_from"]
+    free = ["n_epochs", "n_examples", "max_bad_rows", "eval_every", "save_every", "cache_dir", "exp_name", "model.replicas",
+            "model.microbatch_tokens", "model.gradient_accumulation_steps", "model.packing", "model.compile"]
+    assert all(may_change[key] == how for keys, how in ((fixed, FIXED), (moved, MOVED), (free, FREE)) for key in keys)
+    assert {key for key in may_change if may_change[key] == MOVED} == {*moved}
 
 
 def test_a_key_that_an_older_checkpoint_has_not_counts_as_its_default():
     then = dataclasses.asdict(complete())
     del then["beta1"], then["model"]["peft"]["lora_r"], then["model"]["random_init"], then["wandb"]
-    assert changes(then, complete()) == []
+    assert changes(then, dataclasses.asdict(complete())) == []
     now = complete(**{"beta1": 0.5, "model.use_peft": True, "model.peft.lora_r": 8})
+    now = dataclasses.asdict(now)
     assert changes(then, now) == ["beta1: 0.9 then, 0.5 now", "model.use_peft: False then, True now",
                                   "model.peft.lora_r: 64 then, 8 now"]
     del then["model"]["peft"]

@@ -149,7 +149,7 @@ def test_transformers_4_and_5_read_the_same(four, finals):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_run_did_not_change_is_the_base_s(bases, finals, kind):
     base, final = bases / kind, finals / kind
-    own = {"metrics.json", "scheduler.json", "sft_config.json", "chat_template.jinja"}
+    own = {"metrics.json", "scheduler.json", "sft_config.json", "files.json", "chat_template.jinja"}
     assert {file.name for file in final.iterdir()} == {file.name for file in base.iterdir()} | own
     for file in base.iterdir():
         if file.name not in ("model.safetensors", "tokenizer_config.json"):

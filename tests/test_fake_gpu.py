@@ -12,7 +12,16 @@ from checkpoint import training_state
 from configs.base import Config, ModelConfig
 from data import collate_packed, collate_padded, to_device
 from fake_gpu import DEVICE, fake_gpu
-from fsdp_utils import accumulate, all_reduce_means, clip_gradients, find_blocks, gather_in_parts, make_mesh, shard_model
+from fsdp_utils import (
+    accumulate,
+    all_reduce_means,
+    clip_gradients,
+    find_blocks,
+    gather_in_parts,
+    make_mesh,
+    on_any_rank,
+    shard_model,
+)
 from model_utils import compute_dtype, generate
 from will_it_fit import NoTokenizer
 
@@ -50,6 +59,7 @@ def take_step(gpu, model, optimizer, packing: bool) -> tuple[list, Counter, list
     gpu.collectives.clear()
     for last in (False, True):
         gpu.waits.clear()
+        assert not on_any_rank(False)  # is to end
         model.set_requires_all_reduce(last)
         loss, metrics = sft.get_batch_metrics(model, to_device(make_batch(packing), DEVICE), "train", 40)
         loss.backward()
@@ -57,7 +67,6 @@ def take_step(gpu, model, optimizer, packing: bool) -> tuple[list, Counter, list
         waits.append(Counter(gpu.waits))
     gpu.waits.clear()
     clip_gradients(model.parameters(), 1.0).item()
-    sums["signals"] = torch.full((2,), 0, dtype=torch.float64, device=DEVICE)
     all_reduce_means(sums)
     optimizer.step()
     optimizer.zero_grad()
@@ -102,7 +111,7 @@ def test_what_is_sent_in_a_step_is_what_the_page_tells():
     weights = [("gather", 2 * rest)] + 4 * [("gather", 2 * block)]
     back = 4 * [("gather", 2 * block)]
     assert Counter(heard) == Counter(2 * (weights + back + 4 * [("reduce", 4 * block)] + [("reduce", 4 * rest)])
-                                     + [("all-reduce", 4 * 39), ("all-reduce", 3 * 16)])
+                                     + [("all-reduce", 4 * 39), ("all-reduce", 2 * 16)] + 2 * [("all-reduce", 8)])
 
 
 def test_over_replicas_gradients_are_reduced_within_and_summed_between_once_a_step():
@@ -113,7 +122,7 @@ def test_over_replicas_gradients_are_reduced_within_and_summed_between_once_a_st
     assert waits == [{}, {}] and rest.total() == 2
     kinds = Counter(kind for kind, _ in heard)
     assert kinds["reduce"] == 2 * 5 and kinds["gather"] == 2 * 9
-    assert kinds["all-reduce"] == 5 + 2  # the gradients of the step, the norm, the log
+    assert kinds["all-reduce"] == 5 + 2 + 2  # the gradients of the step, the norm, the log; whether to end, twice
 
 
 WAITS = {"item": lambda loss: loss.item(), "bool": lambda loss: bool(loss > 3), "tolist": lambda loss: loss.expand(2).tolist(),
