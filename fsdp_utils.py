@@ -135,9 +135,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     """Returns the model's decoder blocks: of the outermost ModuleLists the one with the most parameters."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    if not outermost:
-        raise ModelError(f"{type(model).__name__}: no list of blocks (nn.ModuleList) is found to shard by")
-    return max(outermost, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
+    most = max(outermost, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()), default=())
+    if not len(most):
+        raise ModelError(f"{type(model).__name__}: no blocks (in a nn.ModuleList) are found to shard by")
+    return most
 
 
 @timed("model")

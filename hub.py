@@ -379,6 +379,6 @@ def parse_weight(entry: str) -> tuple[str, float]:
         weight = float(text) if star else 1.0
     except ValueError:
         weight = math.nan
-    if star and not (name and 0 < weight < math.inf):
-        raise HubError(f"{entry!r}: the weight after * must be a number above 0, as in chats.jsonl*2 or shp*0.5")
+    if star and not (name and 0 < weight <= 10 ** 6):
+        raise HubError(f"{entry!r}: the weight after * must be above 0 and at most a million, as in chats.jsonl*2 or shp*0.5")
     return (name, weight) if star else (entry, weight)

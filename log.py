@@ -5,10 +5,12 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,6 +271,19 @@ def describe_start() -> str:
     parts = {part: seconds for part, seconds in PARTS.items() if seconds >= 0.05}
     parts["other"] = whole - sum(parts.values())
     return f"start: {whole:.1f} s: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+
+
+def explain(error: Exception, timeout_minutes: float) -> tuple[str, float]:
+    """Returns what to say of an error that no code foresees, and for how many seconds other ranks may speak before.
+
+    A rank that waits for another which has ended knows less than that one; of memory and processes a line tells enough.
+    """
+    rank, text = f"rank {os.environ.get('RANK', 0)}", one_line(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return f"{rank}: out of memory: {text}; python will_it_fit.py with the same arguments tells what would fit", 0
+    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in text:
+        return f"{rank}: another rank has ended, or has not answered for {timeout_minutes} minutes: {text[:200]}", 10
+    return traceback.format_exc(), 0
 
 
 def show_examples(tokenizer, rows: TokenisedRows, most: int = 3) -> list[str]:

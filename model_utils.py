@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
 from configs.base import one_line, timed
-from fsdp_utils import ModelError, gather_all
+from fsdp_utils import ModelError, failing_together, find_blocks, gather_all
 from logps import target_logps
 from lora import NEW_ROWS, add_lora
 
@@ -50,7 +50,10 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {one_line(error)}") from error
+        what = one_line(error)
+        if "tiktoken" in what:  # for which transformers takes whatever is no sentencepiece model
+            what = "its tokenizer.model is damaged, or tiktoken's: take a tokenizer.json"
+        raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {what}") from error
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:  # transformers' own, where a folder holds none
         raise ModelError(f"{name_or_path}: there is no tokenizer")
     tokenizer.template_source = chat_template or name_or_path  # for messages
@@ -69,16 +72,21 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
     return tokenizer
 
 
-def check_targets(settings: dict, cache_dir: str) -> None:
-    """Raises ModelError where there is no such model, or it has no layer for the LoRA that its settings ask for."""
-    if not settings["use_peft"] or settings["load_lora_from"] or settings["random_init"]:
-        return
+def check_model(settings: dict, tokenizer, cache_dir: str) -> None:
+    """Raises ModelError where there is no such model, or it has no blocks, or no layer for the LoRA that its settings ask for."""
     name_or_path = settings["load_from"] or settings["name_or_path"]
     try:
-        model = make_outline(name_or_path, cache_dir)
+        if settings["random_init"] and not settings["load_from"]:
+            with Unallocated():
+                model = make_new_model(settings["random_init"], tokenizer, torch.float32)
+        else:
+            model = make_outline(name_or_path, cache_dir)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
-    add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
+        raise error if isinstance(error, ModelError) else ModelError(
+            f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
+    find_blocks(model)
+    if settings["use_peft"] and not settings["load_lora_from"]:
+        add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
 
 
 @timed("model")
@@ -107,6 +115,8 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
                 for what, keys in (("missing", loaded["missing_keys"]), ("not this model's", others)):
                     if keys:
                         raise ModelError(f"{name_or_path}: {len(keys)} weights are {what}, the first is {min(keys)}")
+                if broken := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+                    raise ModelError(f"{name_or_path}: {broken[0]} holds values that are not finite")
                 old_size = grow(model, len(tokenizer))
                 base_dtype = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False).dtype
         except ModelError:
@@ -141,7 +151,9 @@ def make_new_model(description: dict, tokenizer, dtype: torch.dtype):
         known = AutoConfig.for_model(description["model_type"])
         if unknown := [key for key in description if not hasattr(known, key) and key != "rope_theta"]:
             raise ValueError(f"{known.model_type} knows no {', '.join(unknown)}")
-        config = AutoConfig.for_model(**description | {"vocab_size": max(len(tokenizer), description.get("vocab_size", 0))})
+        if description.get("vocab_size", len(tokenizer)) < len(tokenizer):
+            raise ValueError(f"vocab_size={description['vocab_size']} is less than the tokenizer's {len(tokenizer):,} tokens")
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer)} | description)
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -263,8 +275,11 @@ def fingerprints(settings: dict, cache_dir: str) -> dict[str, str]:
     Of a file of more than 4 MB the checksum is of 256 slices.
     """
     base = "" if settings["random_init"] and not settings["load_from"] else settings["load_from"] or settings["name_or_path"]
-    files = {"config.json": find_file(base, "config.json", cache_dir)} if base else {}
-    files |= {Path(file).name: file for file in find_weights(base, cache_dir).values()} if base else {}
+    try:
+        files = {"config.json": find_file(base, "config.json", cache_dir)} if base else {}
+        files |= {Path(file).name: file for file in find_weights(base, cache_dir).values()} if base else {}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{base}: its weights can't be read: {one_line(error)}") from error
     source = settings["tokenizer_name_or_path"] or settings["name_or_path"]
     files |= {name: find_file(source, name, cache_dir) for name in TOKENIZER_FILES}
     if adapter := settings["load_lora_from"]:
@@ -292,24 +307,33 @@ def load_weights(model, frozen_only: bool = False) -> None:
     own, state = dict(model.named_parameters()), model.state_dict()
     sources = {name: source for name, source in model.weight_files.items()
                if name not in model.given_weights and not (frozen_only and name in own and own[name].requires_grad)}
-    bar = tqdm(total=len(sources), desc="loading", unit=" weights", disable=not sources or dist.get_rank() > 0)
-    for file in sorted({file for file, _ in sources.values()}):
-        with safe_open(file, "pt") as tensors:
-            for name, written in ((name, source[1]) for name, source in sources.items() if source[0] == file):
-                source, local, first = tensors.get_slice(written), state[name], 0
-                if isinstance(local, DTensor):  # sharded by its first dimension as torch.chunk does, over the mesh's last
-                    mesh = local.device_mesh
-                    first = mesh.get_local_rank(mesh.ndim - 1) * math.ceil(len(local) / mesh.size(mesh.ndim - 1))
-                    local = local.to_local()
-                if not local.ndim:
-                    local.copy_(tensors.get_tensor(written))
-                elif len(local):
-                    n_known = 0 if name.endswith(NEW_ROWS) else max(0, min(len(local), source.get_shape()[0] - first))
-                    local[:n_known] = source[first:first + n_known]
-                    if n_known < len(local):
-                        local[n_known:] = mean_row(source)
-                bar.update()
-    bar.close()
+    with tqdm(total=len(sources), desc="loading", unit=" weights", disable=not sources or dist.get_rank() > 0) as bar, \
+            failing_together(ModelError):
+        for file in sorted({file for file, _ in sources.values()}):
+            with safe_open(file, "pt") as tensors:
+                for name, written in ((name, source[1]) for name, source in sources.items() if source[0] == file):
+                    if not fill(state[name], tensors, written, is_new=name.endswith(NEW_ROWS)) and name in own:
+                        raise ModelError(f"{file}: {written} holds values that are not finite")
+                    bar.update()
+
+
+def fill(weight: torch.Tensor, tensors, name: str, is_new: bool) -> bool:
+    """Fills this rank's part of a weight by its name in an open file, rows that are not there by their mean, as are all of a new
+    weight's. Returns whether all that it holds now is finite.
+    """
+    source, local, first = tensors.get_slice(name), weight, 0
+    if isinstance(weight, DTensor):  # sharded by its first dimension as torch.chunk does, over the mesh's last
+        mesh = weight.device_mesh
+        first = mesh.get_local_rank(mesh.ndim - 1) * math.ceil(len(weight) / mesh.size(mesh.ndim - 1))
+        local = weight.to_local()
+    if not local.ndim:
+        local.copy_(tensors.get_tensor(name))
+    elif len(local):
+        n_known = 0 if is_new else max(0, min(len(local), source.get_shape()[0] - first))
+        local[:n_known] = source[first:first + n_known]
+        if n_known < len(local):
+            local[n_known:] = mean_row(source)
+    return bool(local.isfinite().all())
 
 
 def mean_row(source) -> torch.Tensor:

@@ -6,7 +6,7 @@
 
 import gc
 
-from configs.base import Config, ModelConfig, fail, one_line, read_command_line
+from configs.base import Config, ModelConfig, fail, read_command_line
 from hub import CONTROL_TOKENS, HubError, check_access
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +31,9 @@ from checkpoint import CheckpointError, Progress, catch_signals, find_start, is_
 from data import IGNORE, DataError, SFTDataLoader, step_seed, to_device
 from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, say, shard_model
-from log import Log, LogError, count_flops, describe_data, describe_run, describe_start
+from log import Log, LogError, count_flops, describe_data, describe_run, describe_start, explain
 from lora import add_lora, load_adapter
-from model_utils import ModelError, check_targets, compute_dtype, fingerprints, load_model, load_tokenizer, load_weights
+from model_utils import ModelError, check_model, compute_dtype, fingerprints, load_model, load_tokenizer, load_weights
 from trial import check_gradients, in_mode, try_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,8 +134,10 @@ def check_weights(model: nn.Module, batch: dict | None, step: int, latest: Path 
 def make_encoder(config: Config, run_dir: Path) -> ChatEncoder:
     model, more_tokens = config.model, CONTROL_TOKENS if config.conditional else ()
     name = model.tokenizer_name_or_path or model.name_or_path
-    return ChatEncoder(load_tokenizer(name, config.cache_dir, more_tokens, model.chat_template), model.max_length,
-                       model.max_prompt_length, config.last_answer_only, model.template_kwargs, started(run_dir))
+    tokenizer = load_tokenizer(name, config.cache_dir, more_tokens, model.chat_template)
+    check_model(dataclasses.asdict(model), tokenizer, config.cache_dir)  # before anything is made
+    return ChatEncoder(tokenizer, model.max_length, model.max_prompt_length, config.last_answer_only, model.template_kwargs,
+                       started(run_dir))
 
 
 def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: str, device: torch.device,
@@ -169,9 +170,8 @@ def make_model_and_optimizer(config: Config, encoder: ChatEncoder, longest: int,
 
 def main(config: Config) -> None:
     run_dir, settings, batch_size = Path(config.cache_dir, config.exp_name), dataclasses.asdict(config), config.model.batch_size
-    locked = lock(run_dir) if os.environ.get("RANK", "0") == "0" else None  # noqa: F841 (it is held as long as it has a name)
     encoder = make_encoder(config, run_dir)
-    check_targets(settings["model"], config.cache_dir)
+    locked = lock(run_dir) if os.environ.get("RANK", "0") == "0" else None  # noqa: F841 (it is held as long as it has a name)
     # Before the processes join: a large data set may take longer to fetch and tokenise than a collective may take.
     train, held_out, data_id = load_examples(encoder, config.datasets, config.eval_datasets, config.eval_fraction,
                                              config.conditional, config.seed, config.cache_dir, config.max_bad_rows)
@@ -253,8 +253,6 @@ if __name__ == "__main__":
     except (DataError, HubError, ModelError, CheckpointError, LogError, TrainingError, OSError) as error:
         fail(error, end_process)
     except Exception as error:
-        if not (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
-            fail(traceback.format_exc(), end_process, wait=0)
-        fail(f"rank {os.environ.get('RANK', 0)}: another rank has ended, or has not answered for {config.timeout_minutes} "
-             f"minutes: {one_line(error)[:200]}", end_process, wait=10)
+        text, wait = explain(error, config.timeout_minutes)
+        fail(text, end_process, wait)
     end_process()

@@ -12,6 +12,7 @@ import os
 import re
 from typing import NamedTuple
 
+from jinja2.meta import find_undeclared_variables
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rows import THOUGHT as THOUGHT_KEYS
@@ -72,6 +73,10 @@ class ChatTemplate:
                           for with_tools in (False, True)}
         self.source = "".join(self.templates.values())
         self.identity = json.dumps([self.kwargs, self.source], sort_keys=True)
+        if self.kwargs:
+            parsed = [_compile_jinja_template(text).environment.parse(text) for text in self.templates.values()]
+            if unread := self.kwargs.keys() - set().union(*map(find_undeclared_variables, parsed)):
+                raise ValueError(f"model.template_kwargs: the template reads no {', '.join(sorted(unread))}")
         # A token is a control token by its flag: sentencepiece's user-defined symbols pass for special ones, but are text.
         flags = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.sep_token, tokenizer.cls_token]

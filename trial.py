@@ -99,7 +99,10 @@ def check_head(model, device: torch.device) -> None:
     ids = first_ids(model, device, 48)
     other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
     with in_mode(model, training=False):
-        logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
+        try:
+            logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise ModelError(f"{name_of(model)} can't be run here: {one_line(error)}") from error
         # Sums in another order differ by some roundings of what is summed; what a head does to its logits, by far more
         size = logits.nan_to_num(posinf=0, neginf=0).abs().max().item()
         rounding = (1e-5 if compute_dtype(device) == torch.float32 else 1e-2) * (1 + size)

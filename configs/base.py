@@ -26,11 +26,19 @@ from dataclasses import dataclass, field
 STARTED, PARENT = time.perf_counter(), os.getppid()  # a script imports this file before all that takes long
 PARTS = {}  # of this process's start: seconds by name
 
+
+
+def between(low: float, high: float) -> tuple[str, typing.Callable]:
+    return f"from {low:,} to {high:,}", lambda value: low <= value <= high
+
+
 ANY = ("", lambda value: True)
 DTYPE = ("float32, bfloat16 or float16", lambda value: value in ("", "float32", "bfloat16", "float16"))
-ABOVE_0 = ("above 0", lambda value: value > 0)
-NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
+ABOVE_0 = ("above 0, and in the range of fp32", lambda value: 1e-37 <= value <= 3e38)
+NOT_NEGATIVE = ("0 or more, and in the range of fp32", lambda value: 0 <= value <= 3e38)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+COUNT, COUNT_OR_0, FEW = between(1, 10 ** 12), between(0, 10 ** 12), between(1, 10 ** 6)
+SEED, MINUTES = between(0, 2 ** 63 - 1), between(0.01, 10 ** 6)
 # Whether a resumed run may have another value: it may where each step's rows and loss stay the same. What is MOVED may have
 # another name, and is told by what it holds.
 FIXED, MOVED, FREE = "fixed", "moved", "free"
@@ -46,8 +54,8 @@ def knob(default, bounds: tuple, may_change: str, meaning: str):
 
 @dataclass(slots=True)
 class PeftConfig:
-    lora_r: int = knob(64, ABOVE_0, FIXED, "rank of the low-rank update")
-    lora_alpha: float = knob(256, ANY, FIXED, "the update is scaled by lora_alpha / lora_r")
+    lora_r: int = knob(64, FEW, FIXED, "rank of the low-rank update")
+    lora_alpha: float = knob(256, ABOVE_0, FIXED, "the update is scaled by lora_alpha / lora_r")
     lora_dropout: float = knob(0.05, FRACTION, FIXED, "dropout on the input of the update")
     target_modules: str | list[str] = knob("all-linear", ANY, FIXED, "names of linears, [q_proj,v_proj], or all but the head")
     use_rslora: bool = knob(False, ANY, FIXED, "scale by lora_alpha / sqrt(lora_r), which keeps large ranks from learning slowly")
@@ -62,16 +70,16 @@ class ModelConfig:
     template_kwargs: dict | None = knob(None, ANY, FIXED, 'the template\'s own switches, {"enable_thinking": false}')
     load_from: str = knob("", ANY, MOVED, "folder with weights to start from instead of name_or_path's")
     from_checkpoint: str = knob("", ANY, FREE, "another run's checkpoint to begin from: weights, optimizer, place in the data")
-    batch_size: int = knob(32, ABOVE_0, FIXED, "examples per optimizer step, over all ranks and accumulation steps")
-    gradient_accumulation_steps: int = knob(1, ABOVE_0, FREE, "microbatches per rank and step, at least; see the next key")
-    microbatch_tokens: int = knob(8192, ABOVE_0, FREE, "tokens a rank computes with at once, at most (or one row)")
+    batch_size: int = knob(32, COUNT, FIXED, "examples per optimizer step, over all ranks and accumulation steps")
+    gradient_accumulation_steps: int = knob(1, COUNT, FREE, "microbatches per rank and step, at least; see the next key")
+    microbatch_tokens: int = knob(8192, COUNT, FREE, "tokens a rank computes with at once, at most (or one row)")
     packing: bool = knob(True, ANY, FREE, "rows share a row of the batch, unseen by each other, instead of being padded")
-    max_length: int = knob(2048, ABOVE_0, FIXED, "tokens per row; longer rows lose their oldest turns, then the answer's end")
-    max_prompt_length: int | None = knob(None, ABOVE_0, FIXED, "of them, tokens of prompt kept in a row still too long; half")
+    max_length: int = knob(2048, COUNT, FIXED, "tokens per row; longer rows lose their oldest turns, then the answer's end")
+    max_prompt_length: int | None = knob(None, COUNT, FIXED, "of them, tokens of prompt kept in a row still too long; half")
     max_grad_norm: float = knob(1.0, ABOVE_0, FIXED, "the gradient's global norm is clipped to this")
     activation_checkpointing: bool = knob(False, ANY, FREE, "recompute each block in the backward: less memory, more compute")
     cpu_offload: bool = knob(False, ANY, FREE, "keep shards, gradients and optimizer in the host's memory")
-    replicas: int = knob(1, ABOVE_0, FREE, "copies of the model, each sharded over neighbouring ranks: HSDP, one a machine")
+    replicas: int = knob(1, COUNT, FREE, "copies of the model, each sharded over neighbouring ranks: HSDP, one a machine")
     compile: bool = knob(False, ANY, FREE, "compile each block and, on a GPU, the log-prob kernel: a minute at the start")
     use_peft: bool = knob(False, ANY, FIXED, "train LoRA adapters, not the weights")
     load_lora_from: str = knob("", ANY, MOVED, "folder of an adapter, ours or PEFT's, to go on from, at its own rank and scale")
@@ -94,30 +102,33 @@ class Config:
     last_answer_only: bool = knob(False, ANY, FIXED, "train only the last answer of each row")
     max_bad_rows: float = knob(0.01, FRACTION, FREE, "fraction of the rows that may be bad and left out, or nothing is trained")
     cache_dir: str = knob(".cache", ANY, FREE, "where runs, tokenised data and downloaded models are kept")
-    seed: int = knob(1, ANY, FIXED, "of the shuffle, of random weights, of dropout")
-    n_epochs: int = knob(1, ABOVE_0, FREE, "passes over the training rows")
-    n_examples: int | None = knob(None, ABOVE_0, FREE, "train on this many examples instead of n_epochs")
+    seed: int = knob(1, SEED, FIXED, "of the shuffle, of random weights, of dropout")
+    n_epochs: int = knob(1, FEW, FREE, "passes over the training rows")
+    n_examples: int | None = knob(None, COUNT, FREE, "train on this many examples instead of n_epochs")
     lr: float = knob(5e-6, ABOVE_0, FIXED, "peak learning rate, reached at the end of warmup")
     warmup: float = knob(0.10, FRACTION, FIXED, "fraction of the steps in which the learning rate grows; then a cosine to 0")
     weight_decay: float = knob(0.01, NOT_NEGATIVE, FIXED, "AdamW's, on matrices alone: not on norms and biases")
     beta1: float = knob(0.9, FRACTION, FIXED, "AdamW: decay of the mean gradient")
     beta2: float = knob(0.999, FRACTION, FIXED, "AdamW: decay of the mean squared gradient")
     eps: float = knob(1e-8, ABOVE_0, FIXED, "AdamW: added to the root of the mean squared gradient")
-    eval_every: int | None = knob(None, ABOVE_0, FREE, "examples between evaluations: a tenth of the run's; one at the end")
-    n_eval_examples: int = knob(256, NOT_NEGATIVE, FREE, "held-out examples per evaluation")
-    n_eval_answers: int = knob(0, NOT_NEGATIVE, FREE, "held-out prompts answered before and after, scored by exact match")
+    eval_every: int | None = knob(None, COUNT, FREE, "examples between evaluations: a tenth of the run's; one at the end")
+    n_eval_examples: int = knob(256, COUNT_OR_0, FREE, "held-out examples per evaluation")
+    n_eval_answers: int = knob(0, COUNT_OR_0, FREE, "held-out prompts answered before and after, scored by exact match")
     do_first_eval: bool = knob(True, ANY, FREE, "evaluate before the first step")
     export_dtype: str = knob("", DTYPE, FREE, "of FINAL's weights: float32, bfloat16 or float16; else that of the base's files")
     intermediate_checkpoints: bool = knob(False, ANY, FREE, "export the model at each evaluation (of LoRA, the adapter)")
-    save_every: int | None = knob(None, ABOVE_0, FREE, "examples between checkpoints: a tenth of the run's; one at the end")
-    keep_last: int = knob(2, ABOVE_0, FREE, "checkpoints kept")
+    save_every: int | None = knob(None, COUNT, FREE, "examples between checkpoints: a tenth of the run's; one at the end")
+    keep_last: int = knob(2, COUNT, FREE, "checkpoints kept")
     stop_if_save_fails: bool = knob(True, ANY, FREE, "stop where a checkpoint can't be written, or else warn and go on")
     allow_changes: bool = knob(False, ANY, FREE, "resume though configuration or data changed in a way that alters the run")
-    max_skipped_steps: int = knob(5, ABOVE_0, FREE, "stop after as many consecutive steps of a loss or gradient not finite")
-    timeout_minutes: float = knob(30, ABOVE_0, FREE, "a rank that waits longer than this for another one ends with an error")
+    max_skipped_steps: int = knob(5, COUNT, FREE, "stop after as many consecutive steps of a loss or gradient not finite")
+    timeout_minutes: float = knob(30, MINUTES, FREE, "a rank that waits longer than this for another one ends with an error")
     tensorboard: bool = knob(False, ANY, FREE, "also log to {cache_dir}/{exp_name}/tensorboard")
     wandb: WandbConfig = field(default_factory=WandbConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+
+
+SWITCHES = {"model.peft.": "model.use_peft", "wandb.project": "wandb.enabled"}  # without which a key given is of no use
 
 
 class ConfigError(ValueError):
@@ -133,6 +144,15 @@ def timed(part: str) -> typing.Iterator[None]:
     PARTS[part] = PARTS.get(part, 0.0) + time.perf_counter() - began
 
 
+def brief(value: object) -> str:
+    """Returns the value's text as a terminal can show it, of which the middle is left out where it is long."""
+    try:
+        text = str(value) if str(value).isprintable() else repr(value)
+    except ValueError:  # Python's own, of 4,300 digits and more
+        return "a number of thousands of digits"
+    return text if len(text) < 60 else f"{text[:30]}...{text[-10:]} ({len(text)} characters)"
+
+
 def one_line(error: Exception) -> str:
     """Returns the error's text, of at most 300 characters, none of which a terminal obeys; or its type's name if it has none."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
@@ -141,15 +161,19 @@ def one_line(error: Exception) -> str:
 
 def check(config: Config, world_size: int) -> list[str]:
     """Returns what is wrong with the values, one line each: those out of bounds, and those that do not go together."""
-    model, errors = config.model, []
+    config, errors = copy.deepcopy(config), []
+    model = config.model
 
     def require(condition, message):
         if not condition:
             errors.append(message)
 
     require(config.exp_name, "exp_name is required: a name for the run")
-    require(not re.search(r"[/\\\0]", config.exp_name) and config.exp_name not in (".", ".."),
+    require(not re.search(r"[/\\]", config.exp_name) and config.exp_name not in (".", ".."),
             f"exp_name={config.exp_name!r} must be a plain name, not a path")
+    require(not re.fullmatch(r"tokens|datasets|\.locks|models--.*", config.exp_name),
+            f"exp_name={config.exp_name} is where cache_dir holds something else")
+    require(config.cache_dir, "cache_dir must name a folder; . is the present one")
     require(config.datasets, "datasets is required: files or folders to train on, datasets=[a.jsonl,b.jsonl]")
     require(model.name_or_path or model.random_init, "model.name_or_path is required: a Hugging Face model's name or folder")
     require(not model.random_init or "model_type" in model.random_init,
@@ -158,7 +182,11 @@ def check(config: Config, world_size: int) -> list[str]:
             "model.tokenizer_name_or_path is required where model.random_init describes the model")
     for key, (item, _) in knobs(Config):
         (text, holds), value = item.metadata["bounds"], get_key(config, key)
-        require(value is None or holds(value), f"{key}={value} must be {text}")
+        if value is not None and not holds(value):
+            errors.append(f"{key}={brief(value)} must be {text}")
+            set_key(config, key, default_of(item))  # what follows need not be said of it too
+        elif not "".join(value if isinstance(value, (list, str)) else "").isprintable():
+            errors.append(f"{key}={value!r} must be a text that can be printed")
     require((model.max_prompt_length or 0) < model.max_length, f"model.max_prompt_length={model.max_prompt_length} must be "
             f"below model.max_length={model.max_length}, to leave room for an answer")
     microbatches = world_size * max(1, model.gradient_accumulation_steps)
@@ -225,6 +253,16 @@ def changes(then: dict, now: dict, moved: bool = False) -> list[str]:
     return lines
 
 
+def expand_homes(config: Config) -> None:
+    """Puts the user's folder in the place of a leading ~, which a shell does not do behind an equals sign."""
+    for key, _ in knobs(Config):
+        value = get_key(config, key)
+        if isinstance(value, str):
+            set_key(config, key, os.path.expanduser(value))
+        elif isinstance(value, list):
+            set_key(config, key, [os.path.expanduser(item) for item in value])
+
+
 def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[Config], list[str]] | None = None) -> Config:
     """`["--config", "configs/llama.py", "lr=1e-5", ...]` → a checked Config. Raises ConfigError with all that is wrong.
 
@@ -238,7 +276,10 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
         if key == "config":
             path = text if equals else rest.pop(0) if rest else ""
         elif equals:
-            overrides[key] = text
+            if overrides.setdefault(key, text) != text:
+                errors.append(f"{key} is given twice: {brief(overrides[key])} and {brief(text)}")
+        elif argument.startswith("-") and rest and "=" not in rest[0]:
+            errors.append(f"{argument} {rest[0]} must be written {key}={rest.pop(0)}")
         else:
             errors.append(f"{argument!r} is not of the form key=value")
     if not path:
@@ -247,9 +288,8 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
         raise ConfigError("\n".join([f"--config {path}: no such file", *errors]))
     try:
         config = runpy.run_path(path).get("config")
-    except Exception as error:  # whatever the file does wrong, the user is told which file
-        text = str(error).partition("\n")[0]
-        raise ConfigError("\n".join([f"--config {path}: {type(error).__name__}: {text}", *errors])) from error
+    except (Exception, SystemExit) as error:  # whatever the file does wrong, the user is told which file
+        raise ConfigError("\n".join([f"--config {path}: {type(error).__name__}: {one_line(error)}", *errors])) from error
     if not isinstance(config, Config):
         raise ConfigError("\n".join([f"--config {path}: the file must set `config = Config(...)`", *errors]))
 
@@ -263,11 +303,14 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
         try:
             value = parse(text, known[key][1])
         except ValueError:
-            errors.append(f"{key}={text!r} must be {type_name(known[key][1])}")
+            errors.append(f"{key}={brief(repr(text))} must be {type_name(known[key][1])}")
             continue
         if not wrong_types:
             set_key(config, key, value)
     if not wrong_types:  # the checks of the values take the right types for granted
+        expand_homes(config)
+        errors += [f"{key}={text} needs {switch}=true" for key, text in overrides.items() for part, switch in SWITCHES.items()
+                   if key.startswith(part) and not get_key(config, switch)]
         errors += check(config, world_size) + (more_checks(config) if more_checks else [])
     if errors:
         raise ConfigError("\n".join(errors))
@@ -408,7 +451,7 @@ def wrong_values(config, prefix: str = "") -> typing.Iterator[str]:
         if dataclasses.is_dataclass(hint) and isinstance(value, hint):
             yield from wrong_values(value, f"{prefix}{name}.")
         elif not fits(value, hint):
-            yield f"{prefix}{name}={value!r} must be {type_name(hint)}"
+            yield f"{prefix}{name}={brief(repr(value))} must be {type_name(hint)}"
 
 
 def fits(value, hint) -> bool:
@@ -418,7 +461,8 @@ def fits(value, hint) -> bool:
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
+        finite = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and finite
     return isinstance(value, hint)
 
 

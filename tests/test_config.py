@@ -13,14 +13,20 @@ import pytest
 from configs.base import (
     ABOVE_0,
     ANY,
+    COUNT,
+    COUNT_OR_0,
     DTYPE,
+    FEW,
     FIXED,
     FRACTION,
     FREE,
+    MINUTES,
     MOVED,
     NOT_NEGATIVE,
+    SEED,
     Config,
     ConfigError,
+    brief,
     changes,
     check,
     default_of,
@@ -97,7 +103,7 @@ def test_the_contract_names_these_defaults():
 
 @pytest.mark.parametrize("prefix", ["", "++", "--", "+"])
 @pytest.mark.parametrize("override, expected", [
-    ("seed=7", 7), ("seed=-7", -7), ("n_examples=100", 100), ("n_examples=null", None),
+    ("seed=7", 7), ("seed=0", 0), ("n_examples=100", 100), ("n_examples=null", None),
     ("lr=1e-5", 1e-5), ("lr=2", 2.0), ("model.peft.lora_alpha=16", 16.0),
     ("do_first_eval=false", False), ("model.packing=False", False), ("wandb.enabled=true", True),
     ("exp_name=a=b c", "a=b c"), ("exp_name=ünï", "ünï"),
@@ -107,7 +113,7 @@ def test_the_contract_names_these_defaults():
     ('model.random_init={"model_type": "llama", "rope": {"theta": 1e4}}', {"model_type": "llama", "rope": {"theta": 1e4}}),
 ])
 def test_an_override_is_read_as_the_type_of_its_key(prefix, override, expected):
-    value = get_key(load(prefix + override), override.partition("=")[0])
+    value = get_key(load(prefix + override, "model.use_peft=true"), override.partition("=")[0])
     assert value == expected and type(value) is type(expected)
 
 
@@ -115,10 +121,17 @@ def test_null_takes_a_value_away():
     assert load("model.random_init=null", "model.name_or_path=gpt2").model.random_init is None
 
 
-def test_the_config_file_can_be_given_in_every_way_and_the_last_override_wins():
+def test_the_config_file_can_be_given_in_every_way():
     argvs = [["--config", TINY], [f"--config={TINY}"], [f"config={TINY}"], ["seed=3", "--config", TINY]]
-    assert [load_config([*argv, "lr=1", "lr=0.5"], 1).lr for argv in argvs] == [0.5] * 4
+    assert [load_config([*argv, "lr=0.5", "lr=0.5"], 1).lr for argv in argvs] == [0.5] * 4
     assert load_config(argvs[-1], 1).seed == 3
+
+
+def test_the_user_s_folder_is_put_in_the_place_of_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("cache_dir=~/runs", "model.name_or_path=~/llama", "exp_name=a~")
+    assert (config.cache_dir, config.model.name_or_path, config.exp_name) == ("/home/me/runs", "/home/me/llama", "a~")
+    assert errors("datasets=[~/gone.jsonl]") == ["datasets: /home/me/gone.jsonl: no such file"]
 
 
 def test_nothing_is_shared_between_two_configs(config_file):
@@ -128,7 +141,7 @@ def test_nothing_is_shared_between_two_configs(config_file):
     assert two == Config() and two.datasets == [] and two.model.peft.lora_r == 64
 
     before = load()
-    changed = load("lr=1", "model.max_length=4096", "datasets=[z.jsonl]", "model.peft.lora_r=2")
+    changed = load("lr=1", "model.max_length=4096", "datasets=[z.jsonl]", "model.use_peft=true", "model.peft.lora_r=2")
     changed.model.random_init["model_type"] = "gpt2"
     assert load() == before != changed
 
@@ -144,10 +157,14 @@ def test_nothing_is_shared_between_two_configs(config_file):
 
 KNOBS = [*knobs(Config)]
 each_knob = pytest.mark.parametrize("key, item", [(key, item) for key, (item, _) in KNOBS], ids=[key for key, _ in KNOBS])
-OUTSIDE = {"above 0": [0, -1], "0 or more": [-1, -0.01], "at least 0 and below 1": [-0.01, 1, 2], "": [],
-           DTYPE[0]: ["fp32", "int8"]}
-INSIDE = {"above 0": [1e-9, 1, 10 ** 6], "0 or more": [0, 1, 0.01, 10 ** 6], "at least 0 and below 1": [0, 0.5, 0.999], "": [],
-          DTYPE[0]: ["", "float32", "bfloat16", "float16"]}
+BOUNDS = [ANY, DTYPE, ABOVE_0, NOT_NEGATIVE, FRACTION, COUNT, COUNT_OR_0, FEW, SEED, MINUTES]
+HUGE = [10 ** 24, 10 ** 400]
+OUTSIDE = {ABOVE_0: [0, -1, 1e-300, 1e300], NOT_NEGATIVE: [-1, -0.01, 1e300], FRACTION: [-0.01, 1, 2], ANY: [],
+           DTYPE: ["fp32", "int8"], COUNT: [0, -1, *HUGE], COUNT_OR_0: [-1, *HUGE], FEW: [0, -1, 10 ** 12, *HUGE],
+           SEED: [-1, 2 ** 63, 2 ** 70, *HUGE], MINUTES: [0, -1, 1e-12, 1e10, 1e300]}
+INSIDE = {ABOVE_0: [1e-9, 1, 10 ** 6], NOT_NEGATIVE: [0, 1, 0.01, 10 ** 6], FRACTION: [0, 0.5, 0.999], ANY: [],
+          DTYPE: ["", "float32", "bfloat16", "float16"], COUNT: [1, 10 ** 12], COUNT_OR_0: [0, 1, 10 ** 12], FEW: [1, 10 ** 6],
+          SEED: [0, 2 ** 63 - 1], MINUTES: [0.01, 30, 10 ** 6]}
 
 
 def complete(**values) -> Config:
@@ -181,8 +198,8 @@ def test_every_field_of_the_configuration_is_a_knob_or_holds_knobs():
 @each_knob
 def test_every_knob_says_its_bounds_whether_it_may_change_and_what_it_means(key, item):
     assert item.metadata.keys() == {"bounds", "may_change", "meaning"}
-    (text, holds), meaning = item.metadata["bounds"], item.metadata["meaning"]
-    assert (text, holds) in (ANY, DTYPE, ABOVE_0, NOT_NEGATIVE, FRACTION) and item.metadata["may_change"] in (FIXED, MOVED, FREE)
+    (_, holds), meaning = item.metadata["bounds"], item.metadata["meaning"]
+    assert item.metadata["bounds"] in BOUNDS and item.metadata["may_change"] in (FIXED, MOVED, FREE)
     assert len(meaning) > 5 and "\n" not in meaning and not meaning.endswith(".")
     default = default_of(item)
     assert default is None or holds(default) and get_key(Config(), key) == default
@@ -190,17 +207,27 @@ def test_every_knob_says_its_bounds_whether_it_may_change_and_what_it_means(key,
 
 @each_knob
 def test_a_value_out_of_a_knob_s_bounds_is_refused_and_one_within_is_not(key, item):
-    text, config = item.metadata["bounds"][0], complete()
+    bounds, config = item.metadata["bounds"], complete()
     number = float if isinstance(default_of(item), float) else int
     number = str if isinstance(default_of(item), str) else number
-    for value in {number(value) for value in (*OUTSIDE[text], *INSIDE[text]) if number(value) == value}:
+    for value in {number(value) for value in (*OUTSIDE[bounds], *INSIDE[bounds]) if number(value) == value}:
         set_key(config, key, value)
-        assert (f"{key}={value} must be {text}" in check(config, 1)) == (value in OUTSIDE[text])
+        assert (f"{key}={brief(value)} must be {bounds[0]}" in check(config, 1)) == (value in OUTSIDE[bounds])
 
 
-def test_a_number_has_bounds_where_not_every_one_makes_sense():
-    unbounded = [key for key, (item, hint) in KNOBS if hint in (int, float, int | None) and item.metadata["bounds"] == ANY]
-    assert unbounded == ["seed", "model.peft.lora_alpha"]
+@pytest.mark.parametrize("key", [key for key, (_, hint) in KNOBS if hint in (int, int | None)])
+@pytest.mark.parametrize("digits", [25, 400, 5000])
+def test_a_number_of_many_digits_is_told_in_one_short_line(config_file, key, digits):
+    """Typed, and in a file."""
+    path = config_file(f"import copy\nimport configs.tiny\nconfig = copy.deepcopy(configs.tiny.config)\n"
+                       f"config.{key} = 10 ** {digits}\n")
+    switch = ["model.use_peft=true"] * key.startswith("model.peft.")
+    for (error,) in errors(f"{key}={'9' * digits}", *switch), errors_of("--config", path):
+        assert error.startswith(f"{key}=") and len(error) < 150
+
+
+def test_a_number_has_bounds():
+    assert not [key for key, (item, hint) in KNOBS if hint in (int, float, int | None) and item.metadata["bounds"] == ANY]
 
 
 @each_knob
@@ -278,15 +305,28 @@ def test_a_value_of_the_wrong_type(override, expected):
     (["exp_name="], "exp_name is required"),
     (["exp_name=a/b"], "exp_name='a/b' must be a plain name"),
     (["exp_name=.."], "exp_name='..' must be a plain name"),
+    (["exp_name=tokens"], "exp_name=tokens is where cache_dir holds something else"),
+    (["exp_name=datasets"], "exp_name=datasets is where cache_dir holds something else"),
+    (["exp_name=models--gpt2"], "exp_name=models--gpt2 is where cache_dir holds something else"),
+    (["exp_name=a\nb"], "exp_name='a\\nb' must be a text that can be printed"),
+    (["cache_dir=a\0b"], "cache_dir='a\\x00b' must be a text that can be printed"),
+    (["datasets=[a\tb]"], "datasets=['a\\tb'] must be a text that can be printed"),
+    (["cache_dir="], "cache_dir must name a folder"),
+    (["lr=1", "lr=2"], "lr is given twice: 1 and 2"), (["++seed=1", "seed=2"], "seed is given twice: 1 and 2"),
+    (["--lr", "1e-5"], "--lr 1e-5 must be written lr=1e-5"), (["-seed", "-1"], "-seed -1 must be written seed=-1"),
+    (["--lr", "lr=1"], "'--lr' is not of the form key=value"), (["lr", "warmup=0"], "'lr' is not of the form key=value"),
+    (["model.peft.lora_r=8"], "model.peft.lora_r=8 needs model.use_peft=true"),
+    (["model.peft.target_modules=[q_proj]"], "model.peft.target_modules=[q_proj] needs model.use_peft=true"),
+    (["wandb.project=mine"], "wandb.project=mine needs wandb.enabled=true"),
     (["datasets=[]"], "datasets is required"),
     (["model.random_init=null"], "model.name_or_path is required"),
     (['model.random_init={"hidden_size": 8}'], 'model.random_init needs a "model_type"'),
     (["model.tokenizer_name_or_path="], "model.tokenizer_name_or_path is required"),
     (["lr=0"], "lr=0.0 must be above 0"), (["lr=-1"], "lr=-1.0 must be above 0"),
-    (["n_epochs=0"], "n_epochs=0 must be above 0"), (["n_examples=0"], "n_examples=0 must be above 0"),
-    (["model.batch_size=0"], "model.batch_size=0 must be above 0"),
+    (["n_epochs=0"], "n_epochs=0 must be from 1 to"), (["n_examples=0"], "n_examples=0 must be from 1 to"),
+    (["model.batch_size=0"], "model.batch_size=0 must be from 1 to"),
     (["model.max_grad_norm=0"], "model.max_grad_norm=0.0 must be above 0"),
-    (["model.gradient_accumulation_steps=0"], "model.gradient_accumulation_steps=0 must be above 0"),
+    (["model.gradient_accumulation_steps=0"], "model.gradient_accumulation_steps=0 must be from 1 to"),
     (["weight_decay=-0.1"], "weight_decay=-0.1 must be 0 or more"),
     (["warmup=1"], "warmup=1.0 must be at least 0 and below 1"), (["beta2=-1"], "beta2=-1.0 must be at least 0 and below 1"),
     (["model.max_prompt_length=64"], "model.max_prompt_length=64 must be below model.max_length=64"),
@@ -381,6 +421,7 @@ def test_everything_wrong_is_said_at_once(config_file):
     ("config = Config(lrr=1)", "TypeError: .*'lrr'"),
     ("config = Config()\nconfig.lrr = 1", "AttributeError: .*'lrr'"),
     ("config = Config()\nconfig.model.max_lenght = 1", "AttributeError: .*'max_lenght'"),
+    ("exit()", "SystemExit: "), ("import sys\nsys.exit('no GPU')", "SystemExit: no GPU"),
     ("raise RuntimeError('first line\\nsecond line')", "RuntimeError: first line"),
     ("import nothing_of_this_name", "ModuleNotFoundError: .*nothing_of_this_name"),
     ("config = Config(model={'max_length': 8})", "model={.*} must be a ModelConfig"),
@@ -427,7 +468,7 @@ def test_half_of_a_row_may_be_prompt_unless_said_otherwise(tmp_path, overrides, 
 @pytest.mark.parametrize("argv, expected", [
     ([], "--config is required"), (["--config"], "--config is required"), (["lr=1"], "--config is required"),
     (["--config", "missing.py"], "--config missing.py: no such file"), (["--config", str(ROOT)], "no such file"),
-    (["--config", TINY, "--lr", "1e-5"], "'--lr' is not of the form key=value"),
+    (["--config", TINY, "--lr"], "'--lr' is not of the form key=value"),
 ])
 def test_a_command_line_without_a_config_file_or_a_value(argv, expected):
     assert expected in errors_of(*argv)[0]
@@ -458,8 +499,8 @@ def test_help_shows_every_knob_with_default_type_bounds_and_meaning(flag):
         default, kind, meaning = shown[key]
         assert meaning == item.metadata["meaning"].removeprefix("required: ") and kind.endswith(f", {text}" if text else kind)
         assert (default == "required") == item.metadata["meaning"].startswith("required: ")
-    assert shown["model.max_length"][:2] == ["2048", "an integer, above 0"]
-    assert shown["n_examples"][:2] == ["null", "an integer or null, above 0"]
+    assert shown["model.max_length"][:2] == ["2048", "an integer, from 1 to 1,000,000,000,000"]
+    assert shown["n_examples"][:2] == ["null", "an integer or null, from 1 to 1,000,000,000,000"]
     assert shown["warmup"][:2] == ["0.1", "a number, at least 0 and below 1"]
     assert shown["exp_name"][:2] == ["required", "a text"] and shown["do_first_eval"][:2] == ["true", "true or false"]
     assert shown["eval_datasets"][:2] == ["[]", "a list, [a,b]"]

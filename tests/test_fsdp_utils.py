@@ -161,7 +161,7 @@ WRITTEN = {  # name → (the files that are there before, the rank that fails or
     "the last rank fails, where nothing was": ([], -1, "writing", "no room"),
     "the last rank fails, after a run that was killed": (KILLED, -1, "writing", "no room"),
     "all are told so already": (["target/old"], -1, "writing together", "no room"),
-    "it can't be made": (["target.partial"], 0, "making", "[Errno 17] File exists: 'target.partial'"),
+    "a file is in the way": (["target.partial", "target.old"], None, "", ""),
     "it can't be renamed": (["target/old"], 0, "renaming", "no room")}
 
 
@@ -424,7 +424,7 @@ def test_a_folder_is_written_whole_or_not_at_all(results, world, case):
         assert errors == [None] * world and after == new
     else:
         assert errors == [["CheckpointError", f"target: can't be written: {text}"]] * world
-        assert after == {path: text for path, text in before.items() if not path.startswith("target.partial") or when == "making"}
+        assert after == {path: text for path, text in before.items() if not path.startswith("target.partial")}
     assert during == {Path(file).name: text for file, text in before.items() if file.startswith("target/")}  # as long as it takes
 
 
@@ -507,7 +507,7 @@ def test_blocks_are_neither_experts_nor_a_smaller_list():
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))])
 def test_a_model_without_a_list_of_blocks_is_an_error_that_names_it(model):
-    with pytest.raises(ModelError, match=f"^{type(model).__name__}: no list of blocks"):
+    with pytest.raises(ModelError, match=f"^{type(model).__name__}: no blocks "):
         find_blocks(model)
 
 

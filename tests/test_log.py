@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import process_of_one, write_model
 from forked import run_forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,7 +23,7 @@ import log
 from chat import ChatEncoder, load_examples
 from configs.base import Config, WandbConfig, timed
 from fsdp_utils import end_process, init_processes
-from log import Log, count_flops, describe_data, describe_run, describe_start, is_right, plot, show_answers, show_example
+from log import Log, count_flops, describe_data, describe_run, describe_start, explain, is_right, plot, show_answers, show_example
 from logps import target_logps
 from model_utils import load_model, load_tokenizer
 from trial import whole_batch
@@ -486,3 +487,25 @@ def test_a_model_without_attention_has_no_flops_of_it():
     config = AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=128)
     per_token, _, per_squared_length = count_flops(AutoModelForCausalLM.from_config(config))
     assert per_token > 0 and per_squared_length == 0
+
+
+ERRORS = {  # name → (what is raised, what is said of it, seconds for others to speak before)
+    "a GPU's memory": (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+                       "rank 3: out of memory: CUDA out of memory. Tried to allocate 2 GiB; python will_it_fit.py", 0),
+    "the host's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+                          "rank 3: out of memory: ", 0),
+    "another rank's end": (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"),
+                           "rank 3: another rank has ended, or has not answered for 7 minutes: [gloo/", 10),
+    "a time-out": (dist.DistNetworkError("no answer"), "rank 3: another rank has ended", 10),
+    "a fault of ours": (KeyError("x"), "Traceback (most recent call last):", 0)}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_no_code_foresees_is_told_in_a_line_where_that_tells_enough(monkeypatch, name):
+    monkeypatch.setenv("RANK", "3")
+    error, says, wait = ERRORS[name]
+    try:
+        raise error
+    except Exception as caught:
+        text, seconds = explain(caught, 7)
+    assert text.startswith(says) and seconds == wait and (text.count("\n") == 0) == (name != "a fault of ours")

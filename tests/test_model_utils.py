@@ -41,7 +41,7 @@ from chat import ChatEncoder
 from configs.base import ModelConfig
 from data import collate_packed, collate_padded
 from fsdp_utils import ModelError, end_process, init_processes, make_mesh, shard_model
-from model_utils import check_targets, generate, load_model, load_tokenizer, load_weights
+from model_utils import check_model, generate, load_model, load_tokenizer, load_weights
 from trial import enable_packing
 
 
@@ -212,7 +212,8 @@ def test_random_init_is_a_new_model_of_the_tokenizers_vocabulary(tmp_path):
     assert (model.config.bos_token_id, model.config.pad_token_id) == (tokenizer.bos_token_id, tokenizer.pad_token_id)
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 10]
     assert load_model("", NEW | {"vocab_size": 64}, tokenizer, [], "").get_input_embeddings().num_embeddings == 64
-    assert load_model("", NEW | {"vocab_size": 4}, tokenizer, [], "").get_input_embeddings().num_embeddings == len(tokenizer)
+    with pytest.raises(ModelError, match=f"^model.random_init: vocab_size=4 is less than .* {len(tokenizer)} tokens$"):
+        load_model("", NEW | {"vocab_size": 4}, tokenizer, [], "")
 
 
 WRONG = {"no type": ("model_type", None), "unknown type": ("model_type", "llama7"), "no language model": ("model_type", "vit"),
@@ -297,7 +298,8 @@ ADAPTED = dataclasses.asdict(ModelConfig(use_peft=True))
 def test_lora_targets_that_the_model_has_are_taken_by_its_configuration_alone(tmp_path, target):
     make_folder(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    check_targets(ADAPTED | {"name_or_path": str(tmp_path / "model"), "peft": ADAPTED["peft"] | {"target_modules": target}}, "")
+    targets = ADAPTED["peft"] | {"target_modules": target}
+    check_model(ADAPTED | {"name_or_path": str(tmp_path / "model"), "peft": targets}, None, "")
 
 
 def test_a_wrong_lora_target_is_found_in_the_model_that_is_trained(tmp_path):
@@ -305,12 +307,13 @@ def test_a_wrong_lora_target_is_found_in_the_model_that_is_trained(tmp_path):
     make_model("phi3").save_pretrained(tmp_path / "other")  # it has a qkv_proj, and no q_proj
     wrong = ADAPTED | {"name_or_path": str(tmp_path / "model"), "peft": ADAPTED["peft"] | {"target_modules": ["qkv_proj"]}}
     with pytest.raises(ModelError, match="no linear layer is named 'qkv_proj'; there are down_proj, .*q_proj, .*v_proj$"):
-        check_targets(wrong, "")
-    check_targets(wrong | {"load_from": str(tmp_path / "other")}, "")
-    for change in ({"use_peft": False}, {"load_lora_from": "its/own"}, {"random_init": {"model_type": "phi3"}}):
-        check_targets(wrong | change, "")
+        check_model(wrong, None, "")
+    check_model(wrong | {"load_from": str(tmp_path / "other")}, None, "")
+    for change in ({"use_peft": False}, {"load_lora_from": "its/own"}):
+        check_model(wrong | change, None, "")
+    check_model(wrong | {"random_init": {"model_type": "phi3"}}, load_tokenizer(str(tmp_path / "model"), ""), "")
     with pytest.raises(ModelError, match="nowhere: no causal language model can be loaded: .") as raised:
-        check_targets(wrong | {"name_or_path": str(tmp_path / "nowhere")}, "")
+        check_model(wrong | {"name_or_path": str(tmp_path / "nowhere")}, None, "")
     assert "\n" not in str(raised.value)
 
 
