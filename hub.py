@@ -4,7 +4,8 @@
     hub:owner/name[:split]   a data set of the Hugging Face hub whose rows have a shape that rows.py knows
     rows.parquet             a local file of such rows, or a folder of such files
     chats.jsonl              any other local file or folder, as it is
-with a weight if wanted: `chats.jsonl*2` trains on each row twice an epoch, `shp*0.5` on half of the rows.
+with a weight if wanted: `chats.jsonl*2` trains on each row twice an epoch, `shp*0.5` on half of the rows. What is there by the
+whole of that name is meant first: `a*2.jsonl` may be a file. One with a comma is put in quotes, 'datasets=["a,b.jsonl"]'.
 
 What is fetched is written once, to {cache_dir}/datasets/; delete the file there to have it fetched anew.
 """
@@ -189,9 +190,13 @@ def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, roo
         repo, split = match[1], match[2] or split
         name, rows = f"{repo.replace('/', '--')}-{split}", raw_rows(entry, os.path.join(root, repo), split)
     elif entry.endswith(".parquet"):
-        files = sorted(map(str, Path(entry).rglob("*.parquet"))) if os.path.isdir(entry) else [entry]
-        if not files or not os.path.isfile(files[0]):
+        files = [entry]
+        if os.path.isdir(entry):
+            files = sorted(str(file) for file in Path(entry).rglob("*.parquet") if file.is_file())
+        if not files or not os.path.exists(files[0]):
             raise HubError(f"{entry}: no such file" if files else f"{entry}: no .parquet file in this folder")
+        if errors := [f"{file}: not a parquet file" for file in files if not is_parquet(file)]:
+            raise HubError("\n".join(errors))
         stamps = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
         name = f"{Path(entry).stem}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}"
         rows = raw_rows(entry, "parquet", "train", data_files=files)
@@ -201,6 +206,16 @@ def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, roo
     path = Path(cache_dir, "datasets", f"{name}.jsonl")
     write_once(path, rows)
     return str(path)
+
+
+def is_parquet(file: str) -> bool:
+    """Whether the file begins and ends as these files do; of a pipe or a device nothing is read."""
+    if not os.path.isfile(file):
+        return False
+    with open(file, "rb") as stream:
+        begins = stream.read(4)
+        stream.seek(max(0, os.path.getsize(file) - 4))
+        return begins == stream.read(4) == b"PAR1" and os.path.getsize(file) > 8
 
 
 def check_access(config) -> list[str]:
@@ -232,6 +247,8 @@ def check_access(config) -> list[str]:
 
 def repository_of(name: str, cache_dir: str) -> str:
     """Returns owner/name of the hub if that is where a data set is to come from, or "". Raises HubError for unknown names."""
+    if os.path.isfile(name) and name in SOURCES:
+        raise HubError(f"{name} is a data set by name and a file here: give the file another name, {name}.jsonl if it holds rows")
     if os.path.exists(name):
         return ""
     if name not in SOURCES and not name.startswith("hub:"):
@@ -303,6 +320,7 @@ def load(entry: str, path: str, split: str, **options) -> Sequence[dict]:
         import datasets
     except ImportError as error:
         raise HubError(f"{entry} needs the datasets package: pip install datasets ({error})") from error
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs of an error, the HubError says too
     try:
         return datasets.load_dataset(path, split=split, **options)
     except Exception as error:  # network, authorisation, disk and format all raise errors of their own
@@ -374,6 +392,8 @@ def clean(messages: list[dict], last_only: bool, token: str) -> list[dict]:
 
 def parse_weight(entry: str) -> tuple[str, float]:
     """"chats.jsonl*2" → ("chats.jsonl", 2.0); the weight is 1 where none is given. Raises HubError."""
+    if os.path.exists(entry):  # a file's own name may have a star
+        return entry, 1.0
     name, star, text = entry.rpartition("*")
     try:
         weight = float(text) if star else 1.0

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -65,29 +66,44 @@ def kind_of(file: Path) -> str:
 
 def list_files(paths: list[str]) -> list[Path]:
     """Returns the files of rows that the paths name; a folder stands for all those below it, sorted. Raises DataError."""
-    files = []
+    files, errors = [], []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if kind_of(file) in SUFFIXES and not file.is_dir()]
-            if not found:
-                raise DataError(f"{path}: this folder does not hold {NAMES}")
-            files += found
-        else:
-            if path.exists() and kind_of(path) not in SUFFIXES:
-                raise DataError(f"{path}: not {NAMES}")
-            files.append(path)
-    for file in files:
-        if not file.exists():
-            raise DataError(f"{file}: no such file")
-        if not file.is_file():
-            raise DataError(f"{file}: not a regular file, but a pipe or a device, which can't be read twice")
+        found = [file for file in below(path) if holds_rows(file)] if path.is_dir() else [path]
+        if not found:
+            errors.append(f"{path}: this folder does not hold {NAMES}")
+        for file in found:
+            if not file.exists():
+                errors.append(f"{file}: {'a link to nothing' if file.is_symlink() else 'no such file'}")
+            elif kind_of(file) not in SUFFIXES:
+                errors.append(f"{file}: not {NAMES}")
+            elif not file.is_file():
+                errors.append(f"{file}: not a regular file, but a pipe or a device, which can't be read twice")
+        files += found
+    if errors:
+        raise DataError("\n".join(errors))
     return files
 
 
 def passed_over(paths: list[str]) -> list[Path]:
-    """Returns the files below the folders among the paths that list_files leaves out."""
-    return [file for path in map(Path, paths) if path.is_dir() for file in sorted(path.rglob("*"))
-            if file.is_file() and kind_of(file) not in SUFFIXES]
+    """Returns what is below the folders among the paths, and is left out by list_files."""
+    return [file for path in map(Path, paths) if path.is_dir() for file in below(path) if not holds_rows(file)]
+
+
+def holds_rows(file: Path) -> bool:
+    """Whether this, below a folder, is taken for rows by its name; a link to what is gone is rows that are missing."""
+    return kind_of(file) in SUFFIXES and (file.is_file() or not file.exists())
+
+
+def below(folder: Path) -> list[Path]:
+    """Returns all that is below the folder, sorted, but for folders; a link to one is returned and not followed.
+
+    Raises DataError.
+    """
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: can't be read: {error.strerror}") from error
+
+    return sorted(path for root, folders, files in os.walk(folder, onerror=refuse) for path in (Path(root, name) for name in
+                  folders + files) if path.is_symlink() or not path.is_dir())
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, object]]:

@@ -210,9 +210,12 @@ def missing_files(config: Config) -> list[str]:
     """Returns a line for each file or folder that the configuration names and that is not there, or not what it must be."""
     model, errors = config.model, []
     for key in ("datasets", "eval_datasets"):
-        for entry in getattr(config, key):
+        entries = getattr(config, key)
+        for before, entry in zip(["", *entries], entries):
             name = re.sub(r"\*[^*/]*$", "", entry)
-            if (os.sep in name or "." in name) and not name.startswith("hub:") and not os.path.exists(name):
+            if os.path.exists(whole := f"{before},{entry}") and not (os.path.exists(before) and os.path.exists(name)):
+                errors.append(f"{key}: the file {whole} has a comma: put it in quotes, '{key}=[\"{whole}\"]'")
+            elif (os.sep in name or "." in name) and not name.startswith("hub:") and not any(map(os.path.exists, (entry, name))):
                 errors.append(f"{key}: {name}: no such file")
     holds = {"load_from": ["config.json"], "load_lora_from": ["adapter_config.json"],
              "from_checkpoint": ["checkpoint.json", "checkpoints", "FINAL", "checkpoint"]}
@@ -436,8 +439,8 @@ def parse(text: str, hint):
             raise ValueError(text)
         return value
     if typing.get_origin(hint) is list:
-        items = text.removeprefix("[").removesuffix("]").split(",")
-        return [item.strip().strip("'\"") for item in items if item.strip()]
+        items = re.findall(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(?:,|$)""", text.removeprefix("[").removesuffix("]"))
+        return [item[1:-1] if item[0] == item[-1] and item[0] in "'\"" and item[1:] else item for item in items if item]
     value = hint(text)
     if hint is float and not math.isfinite(value):
         raise ValueError(text)

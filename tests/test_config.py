@@ -371,6 +371,16 @@ def test_what_is_not_there_is_said_at_once(files):
         "model.template_kwargs: tools is the run's to set", "model.template_kwargs: tokenize is the run's to set"]
 
 
+def test_a_file_s_name_may_hold_stars_commas_and_quotes(files):
+    for name in ("a*b.jsonl", "a,b.jsonl", "'q'.jsonl", "c", "d,e", "d", "e"):
+        (files / name).write_text("")
+    good = ["a*b.jsonl", "a*b.jsonl*2", "a,b.jsonl", "'q'.jsonl", "a.jsonl"]
+    assert load("""datasets=[a*b.jsonl,a*b.jsonl*2, "a,b.jsonl" ,'q'.jsonl,'a.jsonl']""").datasets == good
+    assert load("datasets=[./d,./e]").datasets == ["./d", "./e"]
+    assert errors("datasets=[c,a,b.jsonl]") == [
+        """datasets: the file a,b.jsonl has a comma: put it in quotes, 'datasets=["a,b.jsonl"]'"""]
+
+
 @pytest.mark.parametrize("key, file", [
     ("load_from", "config.json"), ("load_lora_from", "adapter_config.json"), ("from_checkpoint", "checkpoint.json"),
     ("from_checkpoint", "checkpoints/step-1/checkpoint.json"), ("from_checkpoint", "FINAL/checkpoint/checkpoint.json"),

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 
 from chat import ChatEncoder
 from data import mix, tokenise
-from hub import CONTROL_TOKENS, SOURCES, HubError, clean, fetch, find_threads, parse_weight, select_shp
+from hub import CONTROL_TOKENS, SOURCES, HubError, clean, fetch, find_threads, parse_weight, repository_of, select_shp
 from make_tiny import make_rows, train_tokenizer
 from model_utils import load_tokenizer
 from rows import list_files, to_conversation
@@ -335,6 +335,27 @@ def test_parquet_files_are_read_anew_when_they_change(hub, tmp_path):
             fetch(str(tmp_path / name), "train", str(tmp_path))
 
 
+def test_what_is_no_parquet_file_is_said_in_one_line_and_no_pipe_is_waited_for(tmp_path, capfd):
+    folder = tmp_path / "d.parquet"
+    write_parquet(folder / "part-0.parquet", [{"instruction": "q", "output": "a"}])
+    whole = (folder / "part-0.parquet").read_bytes()
+    os.mkfifo(folder / "part-1.parquet")
+    assert len(read(fetch(str(folder), "train", str(tmp_path)))) == 1
+    for i, content in enumerate((b"", b"PAR1", b"no such thing", whole[:-1], whole[1:])):
+        (folder / f"bad-{i}.parquet").write_bytes(content)
+    with pytest.raises(HubError) as error:
+        fetch(str(folder), "train", str(tmp_path))
+    assert str(error.value).splitlines() == [f"{folder}/bad-{i}.parquet: not a parquet file" for i in range(5)]
+    with pytest.raises(HubError, match=f"^{folder}/part-1.parquet: not a parquet file$"):
+        fetch(str(folder / "part-1.parquet"), "train", str(tmp_path))
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(b"PAR1" + b"x" * 20 + b"PAR1")
+    capfd.readouterr()
+    with pytest.raises(HubError, match=f"^{torn}: can't be loaded: .*") as error:
+        fetch(str(torn), "train", str(tmp_path))
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")  # nothing is logged beside it
+
+
 def test_what_is_there_is_not_fetched_again_and_half_a_file_is(hub, tmp_path):
     partial = tmp_path / "datasets" / "s1k-train.partial"
     partial.parent.mkdir()
@@ -422,7 +443,7 @@ for entry in ("ultrachat", "hub:some/one", {str(tmp_path / "x.parquet")!r}):
     except hub.HubError as error:
         print(error)
 """
-    (tmp_path / "x.parquet").write_bytes(b"")
+    (tmp_path / "x.parquet").write_bytes(3 * b"PAR1")
     out, err = run_fetch(code, PYTHONPATH=str(tmp_path)).communicate(timeout=60)
     first, *errors = out.splitlines()
     assert first == f"{tmp_path} a.jsonl", err
@@ -442,6 +463,19 @@ def test_weights_are_read_from_the_end_of_an_entry():
         with pytest.raises(HubError, match="the weight after") as error:
             parse_weight(entry)
         assert repr(entry) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_that_is_there_is_no_weight_and_no_data_set_s_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a*b.jsonl", "a*2", "hh"):
+        Path(name).write_text("")
+    assert {entry: parse_weight(entry) for entry in ("a*b.jsonl", "a*b.jsonl*2", "a*2", "a*2*3", "a*3")} == {
+        "a*b.jsonl": ("a*b.jsonl", 1.0), "a*b.jsonl*2": ("a*b.jsonl", 2.0), "a*2": ("a*2", 1.0), "a*2*3": ("a*2", 3.0),
+        "a*3": ("a", 3.0)}
+    with pytest.raises(HubError, match="^hh is a data set by name and a file here: give the file another name, hh.jsonl if it"):
+        repository_of("hh", str(tmp_path))
+    Path("shp").mkdir()
+    assert repository_of("shp", str(tmp_path)) == ""
 
 
 def test_mix_repeats_rows_by_weight():

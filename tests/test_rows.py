@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,10 @@ def test_what_is_not_there_is_said(tmp_path):
     good.write_text("{}")
     with pytest.raises(DataError, match=f"^{missing}: no such file$"):
         list_files([str(good), str(missing)])
-    link = folder / "link.csv"
+    link, loop = folder / "link.csv", folder / "loop.json"
     link.symlink_to(missing)
-    with pytest.raises(DataError, match=f"^{link}: no such file$"):
+    loop.symlink_to(loop)
+    with pytest.raises(DataError, match=f"^{link}: a link to nothing\n{loop}: a link to nothing$"):
         list_files([str(folder)])
     with pytest.raises(DataError, match=f"^{missing}: can't be read: No such file or directory$"):
         list(read_rows(missing))
@@ -92,9 +94,47 @@ def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, name):
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
     for file in (pipe, device):
-        for path in (file, file.parent):
-            with pytest.raises(DataError, match=f"^{file}: not a regular file, but a pipe or a device"):
-                list_files([str(path)])
+        with pytest.raises(DataError, match=f"^{file}: not a regular file, but a pipe or a device"):
+            list_files([str(file)])
+
+
+def test_what_is_no_file_is_passed_over_in_a_folder(tmp_path, monkeypatch):
+    folder, good = tmp_path / "folder", tmp_path / "folder" / "good.jsonl"
+    (folder / "below").mkdir(parents=True)
+    good.write_text("{}")
+    monkeypatch.chdir(folder)
+    for name in ("a.jsonl", "below/pipe"):
+        os.mkfifo(name)
+    for name in ("b.jsonl", "below/socket"):
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.bind(name)
+    for name, target in {"c.jsonl": "/dev/zero", "d": "nothing", "e": "e", "f": "below", "g.jsonl": "."}.items():
+        os.symlink(target, name)
+    assert list_files([str(folder)]) == [good]
+    assert passed_over([str(folder)]) == [
+        folder / name for name in ("a.jsonl", "b.jsonl", "below/pipe", "below/socket", "c.jsonl", "d", "e", "f", "g.jsonl")]
+
+
+@pytest.fixture
+def no_root():
+    """What is closed to others is open to root."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(before)
+
+
+def test_a_folder_that_can_t_be_looked_into_is_named(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)  # what is above it may be closed too
+    tmp_path.chmod(0o755)
+    Path("folder/closed").mkdir(parents=True)
+    Path("folder/a.jsonl").write_text("{}")
+    Path("folder/closed").chmod(0)
+    request.getfixturevalue("no_root")
+    for look in (list_files, passed_over):
+        with pytest.raises(DataError, match="^folder/closed: can't be read: Permission denied$"):
+            look(["folder"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
