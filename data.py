@@ -152,6 +152,7 @@ def build(folder: Path, files: list[Path], encoder, n_bytes: int) -> Path:
     with contextlib.ExitStack() as stack:
         out = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in (*DTYPES, "offsets")}
         bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", unit_scale=True, delay=2))
+        stack.enter_context(redrawn(bar))
         out["offsets"].write(np.int64(0).tobytes())
         for columns, chunk_counts, chunk_places in encode_files(files, encoder, n_workers):
             columns["offsets"] = position + np.cumsum(columns["lengths"], dtype=np.int64)
@@ -170,6 +171,25 @@ def build(folder: Path, files: list[Path], encoder, n_bytes: int) -> Path:
         raise DataError(f"{', '.join(map(str, files))}: no row has a target: {told}")
     (partial / "counts.json").write_text(json.dumps([counts, places]))
     return partial
+
+
+@contextlib.contextmanager
+def redrawn(bar: tqdm) -> Iterator[None]:
+    """Moves the bar's clock while it has nothing new to count: of a book in a single row the tokenizer takes a minute."""
+    done = threading.Event()
+
+    def redraw() -> None:
+        while not done.wait(2):
+            bar.delay = 0  # once it is shown its line is to be ended, however soon the bar is closed
+            bar.refresh()
+
+    thread = threading.Thread(target=redraw, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def read_chunks(files: list[Path], encoder) -> Iterator[tuple[int, Path, int, list]]:

@@ -1,11 +1,14 @@
 """The token cache, the order of the rows, and batches. What is cached here are lines of numbers, by an encoder of them."""
 
+import contextlib
 import importlib.util
+import io
 import itertools
 import math
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -211,6 +214,43 @@ def test_what_can_t_be_cached_is_one_line(tmp_path):
             cached(files, tmp_path / cache)
         assert str(raised.value).endswith(said) and (cache == "in_the_way" or str(raised.value) == said)
     assert snapshot_names(tmp_path / "cache") == []
+
+
+class Screen(io.StringIO):
+    """A terminal that tells when something is drawn on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "tokenising" in text:
+            self.drawn.set()
+        return super().write(text)
+
+
+class Slow(LineEncoder):
+    """Takes for its first rows as long as the screen takes to show that something goes on, and then fails if it is to."""
+
+    screen, fails = None, False
+
+    def encode_rows(self, *chunk):
+        assert self.screen.drawn.wait(60)
+        if self.fails:
+            raise DataError("a bad row")
+        return super().encode_rows(*chunk)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_bar_moves_within_a_row_and_its_line_is_ended(tmp_path, monkeypatch, fails):
+    encoder, screen = Slow(), Screen()
+    encoder.screen, encoder.fails = screen, fails
+    monkeypatch.setattr(sys, "stderr", screen)
+    with pytest.raises(DataError) if fails else contextlib.nullcontext():
+        cached([write_lines(tmp_path / "x.txt", 20)], tmp_path, encoder)
+    text = screen.getvalue()
+    assert text.startswith("\rtokenising: 0.00 rows [00:0") and text.endswith("\n")
+    assert ("20.0 rows" in text) != fails
 
 
 def snapshot_names(cache: Path) -> list[str]:
