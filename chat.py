@@ -252,7 +252,7 @@ class ChatEncoder:
             try:
                 conversation = to_conversation(row)
                 for key in conversation.unread:
-                    count(f"unread: {key}", line)
+                    count(f"unread: {one_line(key)}", line)
                 if self.template.control.search(words_of(conversation)):  # it would become that token
                     count("dropped: a text spells a control token", line)
                     continue

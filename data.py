@@ -117,10 +117,15 @@ def tokenise(files: list[Path], encoder, cache_dir: str) -> TokenisedRows:
         with open(folder.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
-                partial = build(folder, files, encoder, n_bytes)
-                if name_cache(files, encoder)[0] != name:
-                    raise DataError(f"{', '.join(map(str, files))}: changed while being read; start again once that is over")
-                partial.rename(folder)
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+                try:
+                    build(partial, files, encoder, n_bytes)
+                    if name_cache(files, encoder)[0] != name:
+                        raise DataError(f"{', '.join(map(str, files))}: changed while being read; start again once that is over")
+                    partial.rename(folder)
+                finally:  # the files may be mended next, and then have another name
+                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{folder}: the token cache can't be written: {error.strerror}") from error
     return TokenisedRows(folder, files)
@@ -142,15 +147,13 @@ def name_cache(files: list[Path], encoder) -> tuple[str, int]:
     return identity.hexdigest()[:32], n_bytes
 
 
-def build(folder: Path, files: list[Path], encoder, n_bytes: int) -> Path:
-    """Writes one flat file a column, beside `folder`; returns where."""
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir()
+def build(folder: Path, files: list[Path], encoder, n_bytes: int) -> None:
+    """Writes one flat file a column into a new folder."""
+    folder.mkdir()
     counts, places, position = Counter(), {}, 0
     n_workers = len(os.sched_getaffinity(0)) if n_bytes >= BYTES_FOR_WORKERS else 1
     with contextlib.ExitStack() as stack:
-        out = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in (*DTYPES, "offsets")}
+        out = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in (*DTYPES, "offsets")}
         bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", unit_scale=True, delay=2))
         stack.enter_context(redrawn(bar))
         out["offsets"].write(np.int64(0).tobytes())
@@ -169,8 +172,7 @@ def build(folder: Path, files: list[Path], encoder, n_bytes: int) -> Path:
         first = {name: f" ({files[file]}:{line})" for name, (file, line) in places.items()}
         told = "; ".join(f"{count:,} {name}{first.get(name, '')}" for name, count in counts.most_common(6))
         raise DataError(f"{', '.join(map(str, files))}: no row has a target: {told}")
-    (partial / "counts.json").write_text(json.dumps([counts, places]))
-    return partial
+    (folder / "counts.json").write_text(json.dumps([counts, places]))
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def name_of(model: nn.Module) -> str:
 def say(*texts: str) -> None:
     """Prints them once, not on every rank, and above a bar that is under way."""
     if dist.get_rank() == 0:
-        tqdm.write("\n".join(texts))
+        tqdm.write("\n".join(texts).encode(errors="backslashreplace").decode())  # the name of a file may be no UTF-8
         sys.stdout.flush()
 
 

@@ -305,11 +305,14 @@ def write_once(path: Path, rows: Iterator[dict]) -> None:
             if path.exists():
                 return
             partial = path.with_suffix(".partial")
-            with open(partial, "w", encoding="utf-8") as out:
-                out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-                out.flush()
-                os.fsync(out.fileno())
-            partial.rename(path)
+            try:
+                with open(partial, "w", encoding="utf-8") as out:
+                    out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+                    out.flush()
+                    os.fsync(out.fileno())
+                partial.rename(path)
+            finally:  # where a row can't be read or written
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise HubError(f"{path}: can't be written: {error.strerror}") from error
 
@@ -399,6 +402,6 @@ def parse_weight(entry: str) -> tuple[str, float]:
         weight = float(text) if star else 1.0
     except ValueError:
         weight = math.nan
-    if star and not (name and 0 < weight <= 10 ** 6):
-        raise HubError(f"{entry!r}: the weight after * must be above 0 and at most a million, as in chats.jsonl*2 or shp*0.5")
+    if star and not (name and 0 < weight <= 1000):  # each row is listed so many times
+        raise HubError(f"{entry!r}: the weight after * must be a number above 0 and up to 1000, as in chats.jsonl*2 or shp*0.5")
     return (name, weight) if star else (entry, weight)

@@ -223,7 +223,8 @@ def describe_data(tokenizer, train: Examples, held_out: Examples, run_dir: Path)
         report = {name: {"files": [*map(str, part.files)], "passed over": [*map(str, part.passed_over)], "counts": part.counts,
                          "first": {key: part.place(key) for key in part.places}}
                   for name, part in {"eval": held_out.rows, "train": rows}.items()}
-        (run_dir / "data.json").write_text(json.dumps(report, indent=2, ensure_ascii=False))
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (run_dir / "data.json").write_bytes(text.encode(errors="backslashreplace"))  # files' names may be no UTF-8
     lines = [f"data: {counts['rows']:,} rows → {counts['examples']:,} examples, {counts['tokens kept']:,} tokens, of which "
              f"{counts['targets']:,} are targets"]
     if texts := written_as_text(tokenizer):
@@ -244,7 +245,7 @@ def describe_data(tokenizer, train: Examples, held_out: Examples, run_dir: Path)
     lost = sum(sum(held_out.rows.counted(what).values()) for what in ("bad", "dropped"))
     if lost and held_out.rows is not rows:
         lines.append(f"  of the held-out rows {lost:,} are bad or dropped: {run_dir / 'data.json'}")
-    passed_over = [file.name for file in rows.passed_over]
+    passed_over = [one_line(file.name) for file in rows.passed_over]
     for what, names in (("keys that nothing reads", rows.counted("unread")), ("files passed over", passed_over)):
         if names:
             lines.append(f"  {what}: {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")

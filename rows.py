@@ -118,6 +118,8 @@ def read_rows(file: Path) -> Iterator[tuple[int, object]]:
                 csv.field_size_limit(sys.maxsize)
                 table = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
                 header, line = next(filter(None, table), []), table.line_num + 1
+                if twice := [name for i, name in enumerate(header) if name and name in header[:i]]:
+                    raise csv.Error(f"the header has {twice[0]!r} twice")
                 for cells in table:
                     if len(cells) > len(header):
                         raise csv.Error("more cells than the header has")
@@ -133,7 +135,9 @@ def read_rows(file: Path) -> Iterator[tuple[int, object]]:
         raise DataError(f"{file}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         line = error.lineno if kind == ".json" else line
-        raise DataError(f"{file}:{line}: not valid JSON at column {error.colno}: {error.msg}") from error
+        is_open = kind == ".jsonl" and line == 1 and error.pos == len(error.doc)
+        hint = "; a row is one line of a .jsonl file: where it goes on, or is in a list, name the file .json" if is_open else ""
+        raise DataError(f"{file}:{line}: not valid JSON at column {error.colno}: {error.msg}{hint}") from error
     except csv.Error as error:
         raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
     except (OSError, EOFError, zlib.error) as error:

@@ -153,7 +153,7 @@ def brief(value: object) -> str:
     return text if len(text) < 60 else f"{text[:30]}...{text[-10:]} ({len(text)} characters)"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """Returns the error's text, of at most 300 characters, none of which a terminal obeys; or its type's name if it has none."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return text if text.isprintable() else text.encode("unicode_escape").decode()

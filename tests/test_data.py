@@ -48,6 +48,11 @@ def write_lines(file: Path, n_rows: int) -> Path:
     return file
 
 
+def left(cache: Path) -> list[Path]:
+    """What the cache holds, but for its locks."""
+    return [path for path in (cache / "tokens").iterdir() if path.suffix != ".lock"]
+
+
 def snapshot(cache: Path) -> dict[str, dict[str, bytes]]:
     """Content of each whole folder of a cache."""
     folders = [path for path in (cache / "tokens").iterdir() if path.is_dir()]
@@ -130,7 +135,7 @@ def test_a_file_that_changes_while_it_is_tokenised_leaves_no_cache(tmp_path):
     with pytest.raises(DataError) as raised:
         cached([b, a], tmp_path, Disturbed())
     assert str(raised.value) == f"{b}, {a}: changed while being read; start again once that is over"
-    assert a.read_text().endswith(Disturbed.added) and snapshot_names(tmp_path) == []
+    assert a.read_text().endswith(Disturbed.added) and not left(tmp_path)
     undisturbed = Disturbed()
     undisturbed.added = ""
     again = cached([b, a], tmp_path, undisturbed)
@@ -213,7 +218,7 @@ def test_what_can_t_be_cached_is_one_line(tmp_path):
         with pytest.raises(DataError) as raised:
             cached(files, tmp_path / cache)
         assert str(raised.value).endswith(said) and (cache == "in_the_way" or str(raised.value) == said)
-    assert snapshot_names(tmp_path / "cache") == []
+    assert not left(tmp_path / "cache")
 
 
 class Screen(io.StringIO):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import log
 from chat import ChatEncoder, load_examples
 from configs.base import Config, WandbConfig, timed
-from fsdp_utils import end_process, init_processes
+from fsdp_utils import end_process, init_processes, say
 from log import Log, count_flops, describe_data, describe_run, describe_start, explain, is_right, plot, show_answers, show_example
 from logps import target_logps
 from model_utils import load_model, load_tokenizer
@@ -509,3 +510,17 @@ def test_what_no_code_foresees_is_told_in_a_line_where_that_tells_enough(monkeyp
     except Exception as caught:
         text, seconds = explain(caught, 7)
     assert text.startswith(says) and seconds == wait and (text.count("\n") == 0) == (name != "a fault of ours")
+
+
+def test_names_that_no_screen_can_show_are_spelt(started, group, tmp_path, capsys):
+    """A key that is half of a surrogate pair, one that a terminal would obey, and files whose names are no UTF-8."""
+    folder, row = tmp_path / "set", {"prompt": "A", "completion": "B", "\ud83d": 1, "\x1b[31mred": 1}
+    folder.mkdir()
+    for name in (b"\xff.jsonl", b"\xfe.txt"):
+        (folder / os.fsdecode(name)).write_text(json.dumps(row) + "\n")
+    train, held_out, _ = load_examples(ChatEncoder(started[0], 24, 16), [str(folder)], [], 0, False, 1, str(tmp_path))
+    say(describe_data(started[0], train, held_out, tmp_path))
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1:4] == [r"  keys that nothing reads: \ud83d, \x1b[31mred", r"  files passed over: \udcfe.txt",
+                          rf"--- an example, in words, {folder}/\udcff.jsonl:1; what is trained is marked"]
+    assert json.loads((tmp_path / "data.json").read_text())["train"]["files"] == [str(folder / "\udcff.jsonl")]

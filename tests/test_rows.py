@@ -198,6 +198,7 @@ def test_a_cell_may_be_as_long_as_a_book(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
+    (b"a,b,a\n1,2,3\n", "2: not valid CSV: the header has 'a' twice"),
     (b"a,b\n1,2\n\n1,2,3\n", "4: not valid CSV: more cells than the header has"),
     (b'a,b\n1,2\n"1,2\n3,4\n', "3: not valid CSV: unexpected end of data"),
     (b'a,b\n1,2\n"1"x,2\n', "3: not valid CSV: ',' expected after '\"'"),
@@ -266,6 +267,14 @@ def test_a_pretty_printed_row_is_named_by_its_first_line(tmp_path):
 @pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
 def test_a_line_that_is_not_json_is_named(tmp_path, content, said, name):
     assert damage(store(tmp_path / name, GOOD + b"\n\n" + content + b"\n" + GOOD)) == f"3: {said}"
+
+
+@pytest.mark.parametrize("content, at", [(b"[\n" + GOOD + b"\n]", "2: Expecting value"),
+                                         (b"{\n", "2: Expecting property name enclosed in double quotes")])
+def test_a_json_file_called_jsonl_is_told_its_right_name(tmp_path, content, at):
+    assert damage(store(tmp_path / "x.jsonl", content)) == (
+        f"1: not valid JSON at column {at}; a row is one line of a .jsonl file: where it goes on, or is in a list, name the file "
+        ".json")
 
 
 def line_of(part: bytes) -> int:
