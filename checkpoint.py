@@ -121,9 +121,10 @@ def started(run_dir: Path) -> str:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         own.write_text(datetime.date.today().isoformat())
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # the day is there, and `own` may be removed by another
             os.link(own, file)
-        own.unlink()
+        for path in run_dir.glob("first_day.*"):  # a run that was killed here has left one too
+            path.unlink(missing_ok=True)
         return datetime.date.fromisoformat(file.read_text()).isoformat()
     except OSError as error:
         raise CheckpointError(f"{run_dir}: can't be written to: {error.strerror}") from error
@@ -343,7 +344,7 @@ def checksum(content: Path | dict) -> str:
 
 @timed("checkpoint")
 def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int,
-               allow_changes: bool) -> tuple[Path | None, Progress]:
+               allow_changes: bool, keep_last: int) -> tuple[Path | None, Progress]:
     """Returns the checkpoint to go on from and how far it is: the run's own, or else the one given; or None and a start.
 
     All ranks must call it. Raises CheckpointError where there is none that is whole, or where it does not belong to this run,
@@ -371,7 +372,16 @@ def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int
                               "exp_name, or set allow_changes=true")
     if state["counter"] > n_examples:
         raise CheckpointError(f"{folder}: {state['counter']} examples are trained already, more than the {n_examples} asked for")
+    remove_leftovers(run_dir, folder, keep_last)
     return folder, Progress(**{item.name: state.get(item.name, 0) for item in dataclasses.fields(Progress)})
+
+
+def remove_leftovers(run_dir: Path, newest: Path, keep_last: int) -> None:
+    """Removes what a kill has kept the run from removing: beside its newest checkpoint, and the FINAL before this one."""
+    if newest.parent == run_dir / "checkpoints":
+        prune_checkpoints(newest, keep_last)
+    if dist.get_rank() == 0 and (run_dir / "FINAL").exists():
+        remove(run_dir / "FINAL.old")
 
 
 def is_done(final: Path, counter: int) -> bool:

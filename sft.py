@@ -179,7 +179,7 @@ def main(config: Config) -> None:
     questions = read_questions(encoder, held_out.rows, eval_ids[:config.n_eval_answers])
     facts = {"config": settings, "data": data_id, "base": fingerprints(settings["model"], config.cache_dir)}
     rank, world_size, device = init_processes(config.timeout_minutes)
-    latest, at = find_start(run_dir, config.model.from_checkpoint, facts, n_examples, config.allow_changes)
+    latest, at = find_start(run_dir, config.model.from_checkpoint, facts, n_examples, config.allow_changes, config.keep_last)
     if at.counter == n_examples and is_done(run_dir / "FINAL", at.counter):
         return say(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew")
     model, optimizer, packing = make_model_and_optimizer(config, encoder, max(train.longest, held_out.longest), device, latest)

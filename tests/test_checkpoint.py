@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoint
 import sft
-from benchmarks.kill import family, kill_family, read_records
+from benchmarks.kill import AIMS, VARIANTS, differences, family, kill_family, kill_runs, read_records, run_undisturbed, write_data
 from checkpoint import (
     CheckpointError,
     checksum,
@@ -148,15 +149,41 @@ def test_processes_that_start_at_once_agree_on_the_day(tmp_path):
 def test_a_run_that_goes_on_keeps_the_day_of_its_first_start(tmp_path):
     assert started(tmp_path / "runs/new") == datetime.date.today().isoformat()
     (tmp_path / "first_day").write_text("2020-02-29")
+    (tmp_path / "first_day.host.1").touch()  # by a process that was killed
     assert started(tmp_path) == "2020-02-29" and {path.name for path in tmp_path.iterdir()} == {"first_day", "runs"}
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file/run: can't be written to: Not a directory$"):
         started(tmp_path / "file/run")
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(seed):
-    assert "bit for bit" in run_well(ROOT / "benchmarks/kill.py", "--kills", 2, "--rows", 192, "--seed", seed, timeout=400)
+def test_runs_killed_at_each_aim_end_in_the_same_bits():
+    told = run_well(ROOT / "benchmarks/kill.py", "--kills", 10, "--rows", 96, timeout=600)
+    *lines, summary = told.splitlines()
+    assert {line.split()[0] for line in lines} == {*VARIANTS} and {line.split()[1] for line in lines} == {*AIMS}
+    assert all("same bits" in line for line in lines) and summary.endswith(" 0 different")
+
+
+def test_a_killed_run_that_differs_by_a_bit_is_told(tmp_path, capsys):
+    write_data(tmp_path / "data", 64)
+    reference = run_undisturbed(tmp_path / "data", "full")
+    plan = [("full", "metrics")]
+    assert kill_runs(tmp_path, plan, {"full": reference}, random.Random(0)) == 0
+    flip(reference.folder / "runs/run/FINAL/model.safetensors", -1)
+    assert kill_runs(tmp_path, plan, {"full": reference}, random.Random(0)) == 1
+    assert "DIFFERENT: run/FINAL/model.safetensors\n" in capsys.readouterr().out
+
+
+OTHERWISE = {"data.json": Path.unlink, "FINAL.old": Path.mkdir, "checkpoints/step-13.partial": Path.mkdir,
+             "metrics.jsonl": lambda file: file.open("a").write('{"step": 16}'),
+             "FINAL/checkpoint/rank-00001-00000.safetensors": lambda file: flip(file, -1)}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_whatever_a_killed_run_leaves_otherwise_is_a_difference(straight, name):
+    run = copy_of(straight, f"other {Path(name).name}")
+    assert differences(run, straight) == []
+    OTHERWISE[name](run / name)
+    assert differences(run, straight) == [name]
 
 
 @pytest.mark.parametrize("rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT), (0, signal.SIGHUP)])
@@ -173,6 +200,16 @@ def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(folder, straight, rank, 
     assert f"stopped by a signal after step {step}; the same command goes on from runs/{name}/checkpoints/step-{step}" in stdout
     assert f"resumed from runs/{name}/checkpoints/step-{step}\n" in run_well(*command(name), n_processes=2, cwd=folder)
     assert_same(run, straight)
+
+
+def test_what_a_kill_has_kept_a_run_from_removing_goes_at_the_next_start(folder, straight):
+    run = copy_of(straight, "unpruned")
+    for name in ("step-12", "step-13", "step-15.partial"):
+        shutil.copytree(run / "checkpoints/step-14", run / "checkpoints" / name)
+    (run / "checkpoints/step-12/checkpoint.json").unlink()
+    shutil.copytree(run / "FINAL", run / "FINAL.old")
+    assert "finished already" in run_well(*command("unpruned"), n_processes=2, cwd=folder)
+    assert differences(run, straight) == []
 
 
 def signalled_in_a_step(folder: Path, name: str, number: int, after: int, times: int = 1) -> None:
