@@ -378,7 +378,7 @@ def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int
 
 def remove_leftovers(run_dir: Path, newest: Path, keep_last: int) -> None:
     """Removes what a kill has kept the run from removing: beside its newest checkpoint, and the FINAL before this one."""
-    if newest.parent == run_dir / "checkpoints":
+    if newest.parent == run_dir / "checkpoints" and newest == list_checkpoints(run_dir)[-1]:  # and not one before a damaged one
         prune_checkpoints(newest, keep_last)
     if dist.get_rank() == 0 and (run_dir / "FINAL").exists():
         remove(run_dir / "FINAL.old")
