@@ -9,13 +9,13 @@ is a row of any shape that rows.py lists; its answer, if it has one, is left out
 """
 
 import argparse
-import signal
 import sys
+
+from configs.base import Options, fail, why_not_writable
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"generate.py: {message}")
+    parser = Options(__doc__)
     add = parser.add_argument
     add("model", metavar="FOLDER", help="of a model or an adapter, or a model's name on the Hub")
     add("--base", help="the adapter's base model, if not the one that its adapter_config.json names")
@@ -29,17 +29,23 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="answers to --prompts made at once (16)")
     add("--seed", type=int, default=1, help="with the same --batch-size it draws the same answers (1)")
     add("--cache-dir", default=".cache", help="of models from the Hub (.cache)")
-    if {"--help", "-h"} & set(sys.argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python itself would complain of the pipe that `head` has closed
     args = parser.parse_args()
-    if bool(args.prompts) != bool(args.out):
-        parser.error("--prompts and --out need each other")
-    if min(args.n_samples, args.batch_size, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:
-        parser.error("--n-samples, --batch-size and --max-new-tokens must be at least 1")
-    if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1):
-        parser.error("--temperature must be a number from 0 on, --top-p one above 0 and up to 1")
-    if not args.temperature and (args.top_p, args.n_samples) != (1, 1):
-        parser.error("--top-p and --n-samples need a --temperature above 0: greedily there is one answer")
+    counts = args.n_samples, args.batch_size, 1 if args.max_new_tokens is None else args.max_new_tokens
+    reason = args.out and (why_not_writable(args.out) or "these are the prompts" * (args.out == args.prompts))
+    errors = {
+        "--prompts and --out need each other": bool(args.prompts) != bool(args.out),
+        f"--out {args.out}: {reason}": reason,
+        "--n-samples, --batch-size and --max-new-tokens must be at least 1, and at most a million":
+            not all(1 <= count <= 10 ** 6 for count in counts),
+        "--temperature must be 0, which is greedy, or from 0.001 to 1000":
+            not (args.temperature == 0 or 1e-3 <= args.temperature <= 1e3),
+        "--top-p must be above 0, and at most 1": not 0 < args.top_p <= 1,
+        "--top-p and --n-samples need a --temperature above 0: greedily there is one answer":
+            args.temperature == 0 and (args.top_p != 1 or args.n_samples > 1),
+        "--system must be UTF-8": args.system and not args.system.encode(errors="ignore").decode() == args.system,
+        "--seed must be from 0 to 2**63 - 1": not 0 <= args.seed < 2 ** 63}
+    if wrong := [text for text, is_wrong in errors.items() if is_wrong]:
+        parser.error("\n".join(wrong))
     return args
 
 
@@ -122,7 +128,7 @@ class Prompt(NamedTuple):
 
 def read_prompts(path: str, system: str | None) -> list[Prompt]:
     """Returns the prompt of each row, without its answer if it has one. Raises DataError."""
-    prompts = []
+    prompts, errors = [], []
     for file in list_files([path]):
         for line, row in read_rows(file):
             try:
@@ -131,13 +137,21 @@ def read_prompts(path: str, system: str | None) -> list[Prompt]:
                 if not messages and row.text is None:
                     raise ValueError("the user asks nothing in this row")
             except (ValueError, RecursionError) as error:  # the latter on showing a value that is nested deeply
-                raise DataError(f"{file}:{line}: {error}") from error
+                errors.append(f"{file}:{line}: {error}")
+                continue
             if system and messages and messages[0]["role"] not in ("system", "developer"):
                 messages = [{"role": "system", "content": system, "train": False}, *messages]
             prompts.append(Prompt(f"{file}:{line}", file.stem, row._replace(messages=messages)))
-    if not prompts:
-        raise DataError(f"{path}: no rows in this file")
+    if not (prompts or errors):
+        errors = [f"{path}: no rows in this file"]
+    refuse(errors)
     return prompts
+
+
+def refuse(errors: list[str]) -> None:
+    """Raises DataError where there are any: with the first eight."""
+    if errors:
+        raise DataError("\n".join(errors[:8] + [f"and {len(errors) - 8} more"] * (len(errors) > 8)))
 
 
 def encode_prompt(encoder: ChatEncoder, row: Conversation, where: str) -> list[int]:
@@ -163,7 +177,13 @@ def answer(model: nn.Module, encoder: ChatEncoder, rows: list[Prompt], args: arg
     out, partial = Path(args.out), Path(f"{args.out}.partial")
     partial.touch()  # what can't be written is found before the first answer, not after the last
     partial.unlink()
-    encoded = [encode_prompt(encoder, prompt.row, prompt.where) for prompt in rows]
+    encoded, errors = [], []
+    for prompt in rows:
+        try:
+            encoded.append(encode_prompt(encoder, prompt.row, prompt.where))
+        except DataError as error:
+            errors.append(str(error))
+    refuse(errors)
     prompts = [ids for ids in encoded for _ in range(args.n_samples)]
     answers = generate(model, prompts, args.max_new_tokens, args.batch_size, args.temperature, args.top_p)
     records = []
@@ -181,6 +201,8 @@ def answer(model: nn.Module, encoder: ChatEncoder, rows: list[Prompt], args: arg
 
 def chat(model: nn.Module, encoder: ChatEncoder, args: argparse.Namespace) -> None:
     """Answers each line of the standard input in the light of those before it."""
+    if not sys.stdin:
+        raise DataError("the standard input is closed, so that nothing can be asked; --prompts FILE --out FILE answers a file")
     sys.stdin.reconfigure(errors="replace")  # a stray byte does not end a chat
     streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages = beginning = [{"role": "system", "content": args.system, "train": False}] if args.system else []
@@ -203,9 +225,10 @@ def chat(model: nn.Module, encoder: ChatEncoder, args: argparse.Namespace) -> No
 
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what it warns of, the error says or nothing follows from
     try:
         main(args)
     except (DataError, ModelError, OSError) as error:
-        sys.exit(f"generate.py: {error}")
+        fail(error)
     except torch.OutOfMemoryError:
-        sys.exit("generate.py: out of memory; a smaller --batch-size or --max-new-tokens takes less")
+        fail("out of memory; a smaller --batch-size or --max-new-tokens takes less")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from configs.base import Options, fail, one_line
+
 OUT = Path(".cache/tiny-data")
 N_TRAIN, N_TEST = 24_000, 256
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
@@ -93,11 +95,15 @@ def train_tokenizer(rows: list[dict], folder: Path) -> None:
 
 
 def main() -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
+    Options(__doc__).parse_args()  # there are none, and one that is given is not passed over
     train, test = make_rows(N_TRAIN, N_TEST)
-    for name, rows in (("train", train), ("test", test)):
-        (OUT / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_tokenizer(train, OUT)
+    try:
+        OUT.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("train", train), ("test", test)):
+            (OUT / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        train_tokenizer(train, OUT)
+    except (OSError, RuntimeError) as error:  # the latter is sentencepiece's
+        fail(f"{OUT}: can't be written: {one_line(error)}")
     print(f"{OUT}: {len(train):,} training rows, {len(test)} held-out rows, a tokenizer")
 
 

@@ -49,7 +49,7 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # what is wrong in a folder's files may raise anything
         what = one_line(error)
         if "tiktoken" in what:  # for which transformers takes whatever is no sentencepiece model
             what = "its tokenizer.model is damaged, or tiktoken's: take a tokenizer.json"

@@ -3,34 +3,57 @@
     python plot.py .cache/llama3-8B-sft .cache/llama3-8B-lora --out plot.png    # needs matplotlib
 """
 
-import argparse
+import contextlib
 import json
-import signal
-import sys
+import math
 from pathlib import Path
 
 import numpy as np
 
+from configs.base import Options, fail, one_line, why_not_writable
+
 PANELS = {"loss/train": "Training loss (nats per target)", "loss/eval": "Held-out loss (nats per target)",
           "grad_norm": "Gradient norm, before clipping", "lr": "Learning rate (× 10⁻⁶)",
           "tokens_per_second": "Throughput (tokens/s)", "peak_memory_gb": "Peak memory of rank 0 (GB)"}
+KEYS = (*PANELS, "skipped_steps")  # of a record that are drawn
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe & Ito's: the colour-blind tell them apart
 
 
 def read_run(folder: Path) -> dict[str, np.ndarray]:
     """Returns {key: (2, N)}: examples seen and value, NaN where it is null. A half-written last line is left out."""
     file, records = folder / "metrics.jsonl", []
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file}: not a file; give the folder of a run, {{cache_dir}}/{{exp_name}}")
     try:
         for line in file.read_text().split("\n")[:-1]:  # after the last newline there is nothing, or half a line
-            records.append(json.loads(line))
+            records.append(read_record(line))
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}; give the folder of a run, {{cache_dir}}/{{exp_name}}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{len(records) + 1}: not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}:{len(records) + 1}: {one_line(error)}") from error
     if not records:
         raise ValueError(f"{file}: nothing is logged yet")
     return {key: np.array([(record["counter"], record[key]) for record in records if key in record], float).reshape(-1, 2).T
-            for key in (*PANELS, "skipped_steps")}
+            for key in KEYS}
+
+
+def read_record(line: str) -> dict[str, float]:
+    """Returns the numbers of a line that are drawn, NaN where they are null. Raises ValueError, RecursionError."""
+    try:
+        record = json.loads(line, parse_int=float)  # a number of thousands of digits is infinite
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a JSON object, not {line[:40]}")
+    record = {key: math.nan if record[key] is None else record[key] for key in ("counter", *KEYS) if key in record}
+    for key, value in record.items():
+        if not isinstance(value, float):
+            raise ValueError(f"{key} must be a number or null, not {json.dumps(value)[:40]}")
+    if not math.isfinite(record.get("counter", math.nan)):
+        raise ValueError("counter, the examples seen, must be a number")
+    return {key: value if math.isfinite(value) else math.nan for key, value in record.items()}
 
 
 def moving_mean(values: np.ndarray) -> np.ndarray:
@@ -60,7 +83,9 @@ def draw(runs: dict[str, dict[str, np.ndarray]]):
     legend["each step, under its moving mean"] = lines.Line2D([], [], color="0.5", linewidth=0.5)
     if any(run["skipped_steps"][1].any() for run in runs.values()):
         legend["skipped step"] = lines.Line2D([], [], color="0.4", marker="x", linestyle="", markersize=4)
-    page.legend(legend.values(), legend, loc="outside upper center", ncols=4, frameon=False, fontsize=7)
+    texts = page.legend(legend.values(), legend, loc="outside upper center", ncols=4, frameon=False, fontsize=7).get_texts()
+    for text in texts:
+        text.set_parse_math(False)  # a name may hold dollars
     for key, ax in axes.items():
         ax.set_title(PANELS[key], fontsize=7.5, loc="left")
         ax.tick_params(which="both", labelsize=6.5, length=2)
@@ -78,24 +103,37 @@ def draw(runs: dict[str, dict[str, np.ndarray]]):
     return page
 
 
+def write(page, out: Path) -> None:
+    """Writes the page whole or not at all."""
+    if reason := why_not_writable(out) or "the page is a .png" * (out.suffix != ".png"):
+        raise ValueError(f"--out {out}: {reason}")
+    partial = Path(f"{out}.partial")
+    try:
+        page.savefig(partial, format="png")
+        partial.replace(out)
+    except OSError as error:
+        raise ValueError(f"--out {out}: can't be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="{cache_dir}/{exp_name}")
-    parser.add_argument("--out", type=Path, default="plot.png")
-    if {"--help", "-h"} & set(sys.argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python itself would complain of the pipe that `head` has closed
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="{cache_dir}/{exp_name}")
+    options.add_argument("--out", type=Path, default="plot.png")
+    args = options.parse_args()
     names = [folder.resolve().name for folder in args.runs]
     names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, args.runs)]
+    names = [name if name.isprintable() else name.encode("unicode_escape").decode() for name in names]
     try:
         if len(names) > len(COLOURS):
             raise ValueError(f"{len(names)} runs can't be told apart on one page; give at most {len(COLOURS)}")
-        draw(dict(zip(names, map(read_run, args.runs)))).savefig(args.out.with_suffix(".partial"), format="png")
-        args.out.with_suffix(".partial").replace(args.out)
+        write(draw(dict(zip(names, map(read_run, args.runs)))), args.out)
     except ImportError:
-        sys.exit("plot.py: matplotlib is missing: pip install matplotlib")
-    except (ValueError, OSError) as error:
-        sys.exit(f"plot.py: {error}")
+        fail("matplotlib is missing: pip install matplotlib")
+    except ValueError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

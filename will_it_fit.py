@@ -9,7 +9,6 @@ export) through fake tensors: see fake_gpu.py. It takes rows of max_length token
 which the last half are targets. A compiled run is counted as if it were not, of which it takes a little less.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-from configs.base import Config, ConfigError, fail, load_config, one_line
+from configs.base import Config, ConfigError, Options, fail, load_config, one_line
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here is not asked
@@ -243,10 +242,12 @@ def find_problem(config: Config) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
     parser.add_argument("--gpus", type=int, help="1, 2, 4, 8 and 16, if not given")
     parser.add_argument("--gib", type=float, help="what each has; where that is not enough, it is tried what would be")
     args, argv = parser.parse_known_args()
+    if not (args.gpus is None or args.gpus > 0) or not (args.gib is None or args.gib > 0):
+        parser.error("--gpus and --gib must be above 0")
     numbers = [args.gpus] if args.gpus else [1, 2, 4, 8, 16]
     try:
         config = load_config(argv, numbers[0])

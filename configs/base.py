@@ -6,6 +6,7 @@ This file imports nothing heavy, so that --help and a misspelt key answer at onc
 in a config file too, where it is assigned to.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -224,7 +225,9 @@ def missing_files(config: Config) -> list[str]:
         if name and not any(os.path.exists(os.path.join(name, file)) for file in files):
             what = f"this folder holds no {files[0]}" if os.path.isdir(name) else "no such folder"
             errors.append(f"model.{key}={name}: {what}")
-    if model.chat_template:
+    if os.path.exists(model.chat_template) and not os.path.isfile(model.chat_template):
+        errors.append(f"model.chat_template={model.chat_template}: not a file")
+    elif model.chat_template:
         import jinja2
         try:
             with open(model.chat_template, encoding="utf-8") as file:  # transformers' own tag marks what it takes for an answer
@@ -368,6 +371,30 @@ def fail(error: object, end: typing.Callable[[int], typing.NoReturn] = sys.exit,
     else:
         print(text, file=sys.stderr)
     end(1)
+
+
+class Options(argparse.ArgumentParser):
+    """Reads a script's own options. What is wrong with them is said as all else is: in a line, and with code 1."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> typing.NoReturn:
+        fail(message)
+
+    def print_help(self, file: typing.TextIO | None = None) -> None:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python itself would complain of the pipe that `head` has closed
+        super().print_help(file)
+
+
+def why_not_writable(path: str | os.PathLike) -> str:
+    """Returns why no file can be written by this name, in the place of another if there is one; "" where nothing is known."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "this is a folder" if os.path.isdir(path) else "this is a pipe or a device, which a file must not replace"
+    return "" if os.access(folder, os.W_OK) else f"nothing may be written to the folder {folder}"
 
 
 def usage() -> str:

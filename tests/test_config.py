@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import make_tiny
 from configs.base import (
     ABOVE_0,
     ANY,
@@ -371,6 +372,12 @@ def test_what_is_not_there_is_said_at_once(files):
         "model.template_kwargs: tools is the run's to set", "model.template_kwargs: tokenize is the run's to set"]
 
 
+def test_a_template_that_is_no_file_is_not_waited_for(files):
+    os.mkfifo(files / "pipe")
+    for name in ("pipe", "."):
+        assert errors(f"model.chat_template={name}") == [f"model.chat_template={name}: not a file"]
+
+
 def test_a_file_s_name_may_hold_stars_commas_and_quotes(files):
     for name in ("a*b.jsonl", "a,b.jsonl", "'q'.jsonl", "c", "d,e", "d", "e"):
         (files / name).write_text("")
@@ -536,3 +543,15 @@ def test_errors_are_told_without_a_traceback():
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == "sft.py: unknown key 'sed', did you mean 'seed'?\nlr='fast' must be a number\n"
     assert "torch" not in imported
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["5"], "unrecognized arguments: 5"), (["--n", "-1"], "unrecognized arguments: --n -1"),
+    ([], ".cache/tiny-data: can't be written: [Errno 20] Not a directory: '.cache/tiny-data'")])
+def test_make_tiny_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, capfd, argv, said):
+    (tmp_path / ".cache").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", *argv])
+    with pytest.raises(SystemExit) as error:
+        make_tiny.main()
+    assert error.value.code == 1 and capfd.readouterr() == ("", f"make_tiny.py: {said}\n")

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -439,15 +440,23 @@ ROWS = {  # rows of a file → what is said of its line 2
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_bad_row_is_named_and_the_answers_of_before_are_kept(world, tmp_path, name):
+def test_a_bad_row_is_named_and_the_answers_of_before_are_kept(world, tmp_path, capfd, name):
     text, message = ROWS[name]
     (tmp_path / "prompts.jsonl").write_text(text)
     (tmp_path / "answers.json").write_text("of before")
-    with pytest.raises(SystemExit) as error:
-        run(world / "model", "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "answers.json")
-    assert str(error.value).startswith(f"generate.py: {tmp_path / 'prompts.jsonl'}:2: {message}")
-    assert "\n" not in str(error.value)
+    (line,) = refusal(capfd, world / "model", "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "answers.json")
+    assert line.startswith(f"{tmp_path / 'prompts.jsonl'}:2: {message}")
     assert (tmp_path / "answers.json").read_text() == "of before" and len([*tmp_path.iterdir()]) == 2
+
+
+def refusal(capfd, *argv) -> list[str]:
+    """The lines of the error with which the script ends."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as error:
+        run(*argv)
+    out, text = capfd.readouterr()
+    assert (error.value.code, out) == (1, "") and text.startswith("generate.py: ")
+    return text.removeprefix("generate.py: ").splitlines()
 
 
 FILES = ["--prompts", "{folder}/good.jsonl", "--out", "{folder}/answers.json"]
@@ -457,12 +466,19 @@ ERRORS = {
     "out missing": (["{model}", "--prompts", "{folder}/good.jsonl"], "--prompts and --out need each other"),
     "no such file": (["{model}", "--prompts", "{folder}/none.jsonl", "--out", "x"], "{folder}/none.jsonl: no such file"),
     "no rows": (["{model}", "--prompts", "{folder}/empty.jsonl", "--out", "x"], "{folder}/empty.jsonl: no rows in this file"),
-    "nowhere to write": (["{model}", *FILES[:3], "{folder}/none/answers.json"], "No such file or directory"),
+    "nowhere to write": (["{model}", *FILES[:3], "{folder}/none/answers.json"], "there is no folder {folder}/none"),
+    "a folder to write to": (["{model}", *FILES[:3], "{folder}/adapter"], "--out {folder}/adapter: this is a folder"),
+    "no number": (["{model}", *FILES, "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    "seed": (["{model}", *FILES, "--seed", str(2 ** 70)], "--seed must be from 0 to 2**63 - 1"),
+    "seed below 0": (["{model}", *FILES, "--seed", "-1"], "--seed must be from 0 to 2**63 - 1"),
+    "too many samples": (["{model}", *FILES, "--temperature", "1", "--n-samples", "9" * 30], "and at most a million"),
+    "system": (["{model}", *FILES, "--system", "\udcff"], "--system must be UTF-8"),
     "samples of greedy": (["{model}", *FILES, "--n-samples", "2"], "need a --temperature above 0"),
     "no samples": (["{model}", *FILES, "--n-samples", "0"], "must be at least 1"),
     "no tokens": (["{model}", *FILES, "--max-new-tokens", "0"], "must be at least 1"),
-    "temperature": (["{model}", *FILES, "--temperature", "nan"], "--temperature must be a number from 0 on"),
-    "top-p": (["{model}", *FILES, "--temperature", "1", "--top-p", "1.5"], "--top-p one above 0 and up to 1"),
+    **{f"temperature {value}": (["{model}", *FILES, "--temperature", value], "--temperature must be 0, which is greedy, or from")
+       for value in ("nan", "inf", "-1", "1e-300", "1e-4", "1e300")},
+    "top-p": (["{model}", *FILES, "--temperature", "1", "--top-p", "1.5"], "--top-p must be above 0, and at most 1"),
     "misspelt": (["{model}", "--sytem", "A"], "unrecognized arguments: --sytem A"),
     "base of no adapter": (["{model}", *FILES, "--base", "{model}"], "{model}: this is no adapter"),
     "adapter without a base": (["{folder}", *FILES], "{folder}/adapter: adapter_config.json names no base_model_name_or_path"),
@@ -471,17 +487,53 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_one_line(world, tmp_path, name):
+def test_an_error_is_one_line(world, tmp_path, capfd, name):
     (tmp_path / "good.jsonl").write_text(GOOD)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     argv, message = ERRORS[name]
-    with pytest.raises(SystemExit) as error:
-        run(*(part.format(folder=tmp_path, model=world / "model") for part in argv))
-    text = str(error.value)
-    assert text.startswith("generate.py: ") and message.format(folder=tmp_path, model=world / "model") in text
-    assert "\n" not in text
+    (line,) = refusal(capfd, *(part.format(folder=tmp_path, model=world / "model") for part in argv))
+    assert message.format(folder=tmp_path, model=world / "model") in line
+
+
+def test_all_that_is_wrong_is_said_at_once(world, tmp_path, capfd):
+    assert refusal(capfd, world / "model", "--prompts", "x", "--out", tmp_path, "--seed", "-1", "--top-p", "nan", "--n-samples",
+                   "0") == [
+        f"--out {tmp_path}: this is a folder",
+        "--n-samples, --batch-size and --max-new-tokens must be at least 1, and at most a million",
+        "--top-p must be above 0, and at most 1",
+        "--top-p and --n-samples need a --temperature above 0: greedily there is one answer",
+        "--seed must be from 0 to 2**63 - 1"]
+    good, long = {"prompt": "sort 1"}, {"prompt": "A" * 200}
+    for bad, said in (({"prompt": 5}, "prompt must be a text, not 5"), (long, "the prompt's 205 tokens and --max-new-tokens 24")):
+        file = write_rows(tmp_path / "prompts.jsonl", [bad, good, *[bad] * 8])
+        lines = refusal(capfd, world / "model", "--prompts", file, "--out", tmp_path / "out.json", "--max-new-tokens", LENGTH)
+        assert len(lines) == 9 and lines[-1] == "and 1 more"
+        assert all(line.startswith(f"{file}:{i}: {said}") for i, line in zip([1, *range(3, 10)], lines))
+
+
+def test_what_lies_where_the_answers_go_is_kept(world, tmp_path, capfd):
+    file, pipe = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "sort 1"}]), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for out, said in ((file, "these are the prompts"), (pipe, "this is a pipe or a device, which a file must not replace")):
+        assert refusal(capfd, world / "model", "--prompts", file, "--out", out) == [f"--out {out}: {said}"]
+    assert file.read_text() == json.dumps({"prompt": "sort 1"}) + "\n" and pipe.is_fifo()
+
+
+def test_a_chat_without_an_input_is_refused(world, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it where it is closed
+    (line,) = refusal(capfd, world / "model")
+    assert line.startswith("the standard input is closed")
+
+
+@pytest.mark.parametrize("config", ["[]", '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": "nonsense"}', "{", "5"])
+def test_a_model_that_is_none_is_one_line(world, tmp_path, capfd, config):
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(config)
+    (line,) = refusal(capfd, tmp_path / "model", "--prompts", write_rows(tmp_path / "p.jsonl", [{"prompt": "A"}]), "--out",
+                      tmp_path / "out.json")
+    assert line.startswith((f"{tmp_path}/model: no tokenizer can be loaded: ", f"{tmp_path}/model: no causal language model"))
 
 
 @slow

@@ -169,8 +169,9 @@ def fails_with(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
         with pytest.raises(SystemExit) as error:
             plot.main()
-        assert capfd.readouterr() == ("", "")
-        (line,) = error.value.code.splitlines()  # Python prints it on stderr, and ends with code 1
+        out, text = capfd.readouterr()
+        (line,) = text.splitlines()
+        assert error.value.code == 1 and out == ""
         return line
     return call
 
@@ -197,7 +198,61 @@ def test_what_can_t_be_drawn_or_written_is_named(tmp_path, fails_with):
     run = write_run(tmp_path / "a", make_records())
     assert fails_with(*[run] * 7) == "plot.py: 7 runs can't be told apart on one page; give at most 6"
     out = tmp_path / "none" / "page.png"
-    assert fails_with(run, "--out", out) == f"plot.py: [Errno 2] No such file or directory: '{out.with_suffix('.partial')}'"
+    assert fails_with(run, "--out", out) == f"plot.py: --out {out}: there is no folder {tmp_path}/none"
+    for out, said in ((tmp_path, "this is a folder"), (run / "metrics.jsonl", "the page is a .png"),
+                      ("/dev/null", "this is a pipe or a device, which a file must not replace"),
+                      (f"{'x' * 300}.png", "can't be written: File name too long")):
+        assert fails_with(run, "--out", out) == f"plot.py: --out {out}: {said}"
+    (tmp_path / "in_the_way.png.partial").mkdir()
+    assert fails_with(run, "--out", "in_the_way.png").endswith("in_the_way.png: can't be written: Is a directory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "in_the_way.png.partial"]
+
+
+def test_an_option_that_is_none_is_one_line(fails_with):
+    assert fails_with() == "plot.py: the following arguments are required: RUN_FOLDER"
+    assert fails_with("a", "--size", 3) == "plot.py: unrecognized arguments: --size 3"
+
+
+NO_COUNTER = "counter, the examples seen, must be a number"
+
+
+@pytest.mark.parametrize("line, said", [
+    ("5", "must be a JSON object, not 5"), ("null", "must be a JSON object, not null"), ("[]", "must be a JSON object, not []"),
+    ("{}", NO_COUNTER), ('{"counter": null}', NO_COUNTER), ('{"counter": NaN}', NO_COUNTER),
+    (f'{{"counter": {"1" * 400}}}', NO_COUNTER), (f'{{"counter": {"1" * 5000}}}', NO_COUNTER),
+    ('{"counter": "x"}', 'counter must be a number or null, not "x"'), ("", "not valid JSON: Expecting value"),
+    ('{"counter": 1, "lr": [1]}', "lr must be a number or null, not [1.0]"),
+    ('{"counter": 1, "lr": true}', "lr must be a number or null, not true"),
+    ("[" * 10 ** 5, "maximum recursion depth exceeded while decoding a JSON array from a unicode string")])
+def test_a_line_that_is_no_record_is_named(tmp_path, fails_with, line, said):
+    run = write_run(tmp_path / "a", make_records(n_steps=1), f"{line}\n")
+    assert fails_with(run) == f"plot.py: {run}/metrics.jsonl:4: {said}"
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path, fails_with):
+    for name, make, said in (("a", lambda file: file.write_bytes(b"\xff\xfe"), "not UTF-8"),
+                             ("b", os.mkfifo, "not a file; give the folder of a run, {cache_dir}/{exp_name}")):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "metrics.jsonl")
+        assert fails_with(tmp_path / name) == f"plot.py: {tmp_path}/{name}/metrics.jsonl: {said}"
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1" * 400])
+def test_what_is_not_finite_is_drawn_as_missing(tmp_path, value):
+    run = plot.read_run(write_run(tmp_path / "a", make_records(), f'{{"counter": 33, "loss/train": {value}}}\n'))
+    assert run["loss/train"][0, -1] == 33 and np.isnan(run["loss/train"][1, -1])
+    assert plot.draw({"a": run})
+
+
+def test_a_run_s_name_is_drawn_as_it_is(tmp_path, monkeypatch):
+    names = {"a$\\frac{$": "a$\\frac{$", "$x$": "$x$", "_b": "_b", os.fsdecode(b"\xff"): "\\udcff", "c\n": "c\\n"}
+    runs = [write_run(tmp_path / name, make_records()) for name in names]
+    drawn, write = [], plot.write
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "write", lambda page, out: (drawn.append(names_in(page)), write(page, out)))
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, runs)])
+    plot.main()
+    assert drawn[0][:5] == [*names.values()] and (tmp_path / "plot.png").is_file()
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch, fails_with):

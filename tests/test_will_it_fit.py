@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sft
+import will_it_fit
 from configs.base import Config, ModelConfig
 from data import to_device
 from fsdp_utils import clip_gradients, make_mesh, shard_model
@@ -108,3 +110,13 @@ def test_the_command_tells_what_fits_and_what_would_make_it_fit(tmp_path):
     assert re.search(r"^  --gpus 4: 1.\d GiB$", said, re.MULTILINE)
     failed = run_script(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 3, cwd=tmp_path)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "model.batch_size=32" in failed.stderr
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--gpus", "x"], "argument --gpus: invalid int value: 'x'"), (["--gpus", "0"], "--gpus and --gib must be above 0"),
+    (["--gib", "nan"], "--gpus and --gib must be above 0"), ([], "--config is required: a file such as configs/tiny.py")])
+def test_what_is_wrong_with_the_arguments_is_one_line(monkeypatch, capfd, argv, said):
+    monkeypatch.setattr(sys, "argv", ["will_it_fit.py", *argv])
+    with pytest.raises(SystemExit) as error:
+        will_it_fit.main()
+    assert error.value.code == 1 and capfd.readouterr() == ("", f"will_it_fit.py: {said}\n")
