@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.tensor import DTensor
 
 from configs.base import PARENT, changes, handle_signals, timed
-from fsdp_utils import failing_together, gather_all, on_any_rank, say
+from fsdp_utils import failing_together, gather_all, is_finite, on_any_rank, say
 from model_utils import fingerprint
 
 
@@ -154,7 +154,7 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Raises CheckpointError where this rank's part of one is not finite: no step could be good from there on."""
     for name, tensor in tensors.items():
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise CheckpointError(f"{name} is not finite")
 
 

@@ -78,6 +78,11 @@ def end_process(code: int = 0) -> NoReturn:
     os._exit(code)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are; many times as fast as to ask it of each."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def name_of(model: nn.Module) -> str:
     """Returns the name of the model's class, which FSDP2 puts its own before."""
     return type(model).__name__.removeprefix("FSDP")

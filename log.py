@@ -155,7 +155,8 @@ class Log:
         if len(steps) >= 10:
             lines.append(plot([record["loss/train"] for record in steps]))
         if evals:
-            lines.append(f"loss/eval {evals[0]:.4f} → {evals[-1]:.4f}")
+            before, after = ("not finite" if loss is None else f"{loss:.4f}" for loss in (evals[0], evals[-1]))
+            lines.append(f"loss/eval {before} → {after}")
         if questions:
             lines.append(show_answers(questions, answers))
         return "\n".join([*lines, f"saved to {final}; to talk to it: python generate.py {final}"])

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from configs.base import one_line
-from fsdp_utils import ModelError, name_of
+from fsdp_utils import ModelError, is_finite, name_of
 from logps import weight_of
 
 
@@ -285,6 +285,8 @@ def load_adapter(model, folder: str, lora_dropout: float, n_new_rows: int = 0) -
         r, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder}: no adapter can be loaded: {type(error).__name__}: {one_line(error)}") from error
+    if wild := [name for name, tensor in weights.items() if not is_finite(tensor)]:
+        raise ModelError(f"{folder}/adapter_model.safetensors: {wild[0]} holds values that are not finite")
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         unsupported.append("init_lora_weights")  # these change the base's weights too

@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
 from configs.base import one_line, timed
-from fsdp_utils import ModelError, failing_together, find_blocks, gather_all
+from fsdp_utils import ModelError, failing_together, find_blocks, gather_all, is_finite
 from logps import target_logps
 from lora import NEW_ROWS, add_lora
 
@@ -50,10 +50,7 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # what is wrong in a folder's files may raise anything
-        what = one_line(error)
-        if "tiktoken" in what:  # for which transformers takes whatever is no sentencepiece model
-            what = "its tokenizer.model is damaged, or tiktoken's: take a tokenizer.json"
-        raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {what}") from error
+        raise ModelError(f"{name_or_path}: no tokenizer can be loaded: {reason(error)}") from error
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:  # transformers' own, where a folder holds none
         raise ModelError(f"{name_or_path}: there is no tokenizer")
     tokenizer.template_source = chat_template or name_or_path  # for messages
@@ -72,6 +69,18 @@ def load_tokenizer(name_or_path: str, cache_dir: str, more_tokens: Iterable[str]
     return tokenizer
 
 
+def reason(error: Exception) -> str:
+    """Returns in a line why transformers could not load something, without advice that is of no use here."""
+    text = one_line(error)
+    if "custom code" in text or "trust_remote_code" in text:
+        return "it needs code that came with it, which is never run here"
+    if "tiktoken" in text:  # for which transformers takes whatever is no sentencepiece model
+        return "its tokenizer.model is damaged, or tiktoken's: take a tokenizer.json"
+    text = re.sub(r"^Unrecognized configuration class <class '.*\.(\w+)'>.*", r"\1 is that of another kind of model", text)
+    text = re.sub(r"^(Class v|V)alidation error for [^:]*: \w+: |[.:]? (Model type should be|Should contain) one of .*", "", text)
+    return f"it knows no {text}" if isinstance(error, KeyError) else text
+
+
 def check_model(settings: dict, tokenizer, cache_dir: str) -> None:
     """Raises ModelError where there is no such model, or it has no blocks, or no layer for the LoRA that its settings ask for."""
     name_or_path = settings["load_from"] or settings["name_or_path"]
@@ -81,9 +90,10 @@ def check_model(settings: dict, tokenizer, cache_dir: str) -> None:
                 model = make_new_model(settings["random_init"], tokenizer, torch.float32)
         else:
             model = make_outline(name_or_path, cache_dir)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise error if isinstance(error, ModelError) else ModelError(
-            f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # each model's configuration has checks of its own
+        raise ModelError(f"{name_or_path}: no causal language model can be loaded: {reason(error)}") from error
     find_blocks(model)
     if settings["use_peft"] and not settings["load_lora_from"]:
         add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
@@ -115,14 +125,14 @@ def load_model(name_or_path: str, random_init: dict | None, tokenizer, stop_ids:
                 for what, keys in (("missing", loaded["missing_keys"]), ("not this model's", others)):
                     if keys:
                         raise ModelError(f"{name_or_path}: {len(keys)} weights are {what}, the first is {min(keys)}")
-                if broken := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+                if broken := [name for name, weight in model.named_parameters() if not is_finite(weight.data)]:
                     raise ModelError(f"{name_or_path}: {broken[0]} holds values that are not finite")
                 old_size = grow(model, len(tokenizer))
                 base_dtype = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False).dtype
         except ModelError:
             raise
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{name_or_path}: no causal language model can be loaded: {one_line(error)}") from error
+            raise ModelError(f"{name_or_path}: no causal language model can be loaded: {reason(error)}") from error
 
     model.weight_files, model.kept_weights, model.base_dtype = weight_files, kept, base_dtype
     return set_up(model, tokenizer, stop_ids, old_size, fuse)
@@ -158,7 +168,7 @@ def make_new_model(description: dict, tokenizer, dtype: torch.dtype):
         config.pad_token_id = tokenizer.pad_token_id
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # each model's configuration has checks of its own
-        raise ModelError(f"model.random_init: {one_line(error)}") from error
+        raise ModelError(f"model.random_init: {reason(error)}") from error
 
 
 class Unallocated(TorchFunctionMode):
@@ -333,7 +343,7 @@ def fill(weight: torch.Tensor, tensors, name: str, is_new: bool) -> bool:
         local[:n_known] = source[first:first + n_known]
         if n_known < len(local):
             local[n_known:] = mean_row(source)
-    return bool(local.isfinite().all())
+    return is_finite(local)
 
 
 def mean_row(source) -> torch.Tensor:

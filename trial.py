@@ -96,13 +96,18 @@ def check_head(model, device: torch.device) -> None:
     That is tried, in the precision that the run computes in. Raises ModelError where a token's logits depend on later tokens,
     of which no loss of the next token makes sense. All ranks must call it.
     """
-    ids = first_ids(model, device, 48)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 56
+    if most < 32:
+        raise ModelError(f"{name_of(model)} has {most} positions, too few for a chat: 32 are needed at least")
+    ids = first_ids(model, device, min(48, most - 8))  # some lose a few of them
     other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
     with in_mode(model, training=False):
         try:
             logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise ModelError(f"{name_of(model)} can't be run here: {one_line(error)}") from error
+        if not logits.isfinite().any():
+            raise ModelError(f"{name_of(model)}: none of its logits is a finite number")
         # Sums in another order differ by some roundings of what is summed; what a head does to its logits, by far more
         size = logits.nan_to_num(posinf=0, neginf=0).abs().max().item()
         rounding = (1e-5 if compute_dtype(device) == torch.float32 else 1e-2) * (1 + size)

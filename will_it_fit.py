@@ -208,7 +208,11 @@ def show(n_ranks: int, result: Forecast | str) -> None:
 def show_remedies(pool, argv: list[str], n_ranks: int, gib: float, config: Config) -> None:
     """Tries what would make a run fit, and prints what comes out."""
     keys = [[key.format(max_length=config.model.max_length) for key in keys] for keys in REMEDIES]
-    tries = [(" ".join(more), pool.submit(try_out, argv + more, n_ranks)) for more in keys]
+    tries = []
+    for more in keys:
+        named = {key.partition("=")[0] for key in more}
+        others = [argument for argument in argv if argument.lstrip("+-").partition("=")[0] not in named]
+        tries.append((" ".join(more), pool.submit(try_out, others + more, n_ranks)))
     tries += [(f"--gpus {n}", pool.submit(try_out, argv, n)) for n in (2 * n_ranks, 4 * n_ranks)]
     for what, result in tries:
         result = result.result()

@@ -39,6 +39,7 @@ ABOVE_0 = ("above 0, and in the range of fp32", lambda value: 1e-37 <= value <= 
 NOT_NEGATIVE = ("0 or more, and in the range of fp32", lambda value: 0 <= value <= 3e38)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 COUNT, COUNT_OR_0, FEW = between(1, 10 ** 12), between(0, 10 ** 12), between(1, 10 ** 6)
+LENGTH = between(2, 10 ** 12)
 SEED, MINUTES = between(0, 2 ** 63 - 1), between(0.01, 10 ** 6)
 # Whether a resumed run may have another value: it may where each step's rows and loss stay the same. What is MOVED may have
 # another name, and is told by what it holds.
@@ -75,7 +76,7 @@ class ModelConfig:
     gradient_accumulation_steps: int = knob(1, COUNT, FREE, "microbatches per rank and step, at least; see the next key")
     microbatch_tokens: int = knob(8192, COUNT, FREE, "tokens a rank computes with at once, at most (or one row)")
     packing: bool = knob(True, ANY, FREE, "rows share a row of the batch, unseen by each other, instead of being padded")
-    max_length: int = knob(2048, COUNT, FIXED, "tokens per row; longer rows lose their oldest turns, then the answer's end")
+    max_length: int = knob(2048, LENGTH, FIXED, "tokens per row; longer rows lose their oldest turns, then the answer's end")
     max_prompt_length: int | None = knob(None, COUNT, FIXED, "of them, tokens of prompt kept in a row still too long; half")
     max_grad_norm: float = knob(1.0, ABOVE_0, FIXED, "the gradient's global norm is clipped to this")
     activation_checkpointing: bool = knob(False, ANY, FREE, "recompute each block in the backward: less memory, more compute")
@@ -170,11 +171,12 @@ def check(config: Config, world_size: int) -> list[str]:
             errors.append(message)
 
     require(config.exp_name, "exp_name is required: a name for the run")
-    require(not re.search(r"[/\\]", config.exp_name) and config.exp_name not in (".", ".."),
-            f"exp_name={config.exp_name!r} must be a plain name, not a path")
-    require(not re.fullmatch(r"tokens|datasets|\.locks|models--.*", config.exp_name),
-            f"exp_name={config.exp_name} is where cache_dir holds something else")
-    require(config.cache_dir, "cache_dir must name a folder; . is the present one")
+    name = config.exp_name
+    require(not re.search(r"[/\\]", name) and name == name.strip(" .") and len(name.encode(errors="replace")) <= 200,
+            f"exp_name={brief(repr(name))} must be a plain name of at most 200 bytes, no path, without a dot or blank around it")
+    require(not re.fullmatch(r"tokens|datasets|tiny-data|models--.*", name),
+            f"exp_name={name} is where cache_dir holds something else")
+    require(config.cache_dir.strip(), "cache_dir must name a folder; . is the present one")
     require(config.datasets, "datasets is required: files or folders to train on, datasets=[a.jsonl,b.jsonl]")
     require(model.name_or_path or model.random_init, "model.name_or_path is required: a Hugging Face model's name or folder")
     require(not model.random_init or "model_type" in model.random_init,
@@ -280,7 +282,7 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
         argument = rest.pop(0)
         key, equals, text = argument.lstrip("+-").partition("=")
         if key == "config":
-            path = text if equals else rest.pop(0) if rest else ""
+            path = os.path.expanduser(text if equals else rest.pop(0) if rest else "")
         elif equals:
             if overrides.setdefault(key, text) != text:
                 errors.append(f"{key} is given twice: {brief(overrides[key])} and {brief(text)}")
@@ -294,7 +296,9 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
         raise ConfigError("\n".join([f"--config {path}: no such file", *errors]))
     try:
         config = runpy.run_path(path).get("config")
-    except (Exception, SystemExit) as error:  # whatever the file does wrong, the user is told which file
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the file does wrong, be it to exit, the user is told which file
         raise ConfigError("\n".join([f"--config {path}: {type(error).__name__}: {one_line(error)}", *errors])) from error
     if not isinstance(config, Config):
         raise ConfigError("\n".join([f"--config {path}: the file must set `config = Config(...)`", *errors]))
@@ -308,7 +312,7 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
             continue
         try:
             value = parse(text, known[key][1])
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of JSON that is nested deeply
             errors.append(f"{key}={brief(repr(text))} must be {type_name(known[key][1])}")
             continue
         if not wrong_types:
@@ -491,8 +495,7 @@ def fits(value, hint) -> bool:
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if hint in (int, float):
-        finite = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
-        return isinstance(value, (int, hint)) and not isinstance(value, bool) and finite
+        return type(value) is int or hint is float and isinstance(value, float) and math.isfinite(value)
     return isinstance(value, hint)
 
 

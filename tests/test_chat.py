@@ -5,6 +5,7 @@ context, apply_chat_template with the generation prompt, and of the target alone
 """
 
 import copy
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -951,8 +952,9 @@ def test_another_file_template_tokenizer_or_setting_is_tokenised_anew(tmp_path):
     assert n_folders_after(file, make_encoder(CHATML, 1024, 511)) == 5
     assert n_folders_after(file, make_encoder(LLAMA3)) == 6
     assert n_folders_after(file, make_encoder(last_answer_only=True)) == 7
-    assert n_folders_after(file, make_encoder(template_kwargs={"enable_thinking": False})) == 8
-    assert n_folders_after(file, make_encoder(template_kwargs={"enable_thinking": True})) == 9
+    switched = dataclasses.replace(CHATML, jinja=CHATML.jinja + "{{ '' if enable_thinking else '' }}")
+    assert n_folders_after(file, make_encoder(switched, template_kwargs={"enable_thinking": False})) == 8
+    assert n_folders_after(file, make_encoder(switched, template_kwargs={"enable_thinking": True})) == 9
     assert n_folders_after(file, make_encoder(template_kwargs={}, date="2031-02-03")) == 9  # the template does not ask for it
     file.write_text(file.read_text().replace("question 3", "question 4"))  # same size, same name
     assert n_folders_after(file, make_encoder()) == 10

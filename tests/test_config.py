@@ -21,6 +21,7 @@ from configs.base import (
     FIXED,
     FRACTION,
     FREE,
+    LENGTH,
     MINUTES,
     MOVED,
     NOT_NEGATIVE,
@@ -158,13 +159,15 @@ def test_nothing_is_shared_between_two_configs(config_file):
 
 KNOBS = [*knobs(Config)]
 each_knob = pytest.mark.parametrize("key, item", [(key, item) for key, (item, _) in KNOBS], ids=[key for key, _ in KNOBS])
-BOUNDS = [ANY, DTYPE, ABOVE_0, NOT_NEGATIVE, FRACTION, COUNT, COUNT_OR_0, FEW, SEED, MINUTES]
+BOUNDS = [ANY, DTYPE, ABOVE_0, NOT_NEGATIVE, FRACTION, COUNT, COUNT_OR_0, FEW, LENGTH, SEED, MINUTES]
 HUGE = [10 ** 24, 10 ** 400]
 OUTSIDE = {ABOVE_0: [0, -1, 1e-300, 1e300], NOT_NEGATIVE: [-1, -0.01, 1e300], FRACTION: [-0.01, 1, 2], ANY: [],
-           DTYPE: ["fp32", "int8"], COUNT: [0, -1, *HUGE], COUNT_OR_0: [-1, *HUGE], FEW: [0, -1, 10 ** 12, *HUGE],
+           DTYPE: ["fp32", "int8"], COUNT: [0, -1, *HUGE], COUNT_OR_0: [-1, *HUGE],
+           FEW: [0, -1, 10 ** 12, *HUGE], LENGTH: [1, 0, *HUGE],
            SEED: [-1, 2 ** 63, 2 ** 70, *HUGE], MINUTES: [0, -1, 1e-12, 1e10, 1e300]}
 INSIDE = {ABOVE_0: [1e-9, 1, 10 ** 6], NOT_NEGATIVE: [0, 1, 0.01, 10 ** 6], FRACTION: [0, 0.5, 0.999], ANY: [],
-          DTYPE: ["", "float32", "bfloat16", "float16"], COUNT: [1, 10 ** 12], COUNT_OR_0: [0, 1, 10 ** 12], FEW: [1, 10 ** 6],
+          DTYPE: ["", "float32", "bfloat16", "float16"], COUNT: [1, 10 ** 12], COUNT_OR_0: [0, 1, 10 ** 12],
+          FEW: [1, 10 ** 6], LENGTH: [2, 10 ** 12],
           SEED: [0, 2 ** 63 - 1], MINUTES: [0.01, 30, 10 ** 6]}
 
 
@@ -296,6 +299,7 @@ def test_a_key_like_no_other_is_answered_with_where_they_are_listed(key):
     ("lr=fast", "a number"), ("lr=nan", "a number"), ("lr=inf", "a number"), ("lr=true", "a number"),
     ("do_first_eval=1", "true or false"), ("do_first_eval=yes", "true or false"),
     ("model.random_init={broken", "a JSON object or null"), ("model.random_init=[1]", "a JSON object or null"),
+    ('model.random_init={"a": ' + 20 * "[" + "}", "a JSON object or null"),
 ])
 def test_a_value_of_the_wrong_type(override, expected):
     key, _, text = override.partition("=")
@@ -306,6 +310,9 @@ def test_a_value_of_the_wrong_type(override, expected):
     (["exp_name="], "exp_name is required"),
     (["exp_name=a/b"], "exp_name='a/b' must be a plain name"),
     (["exp_name=.."], "exp_name='..' must be a plain name"),
+    (["exp_name=.a"], "exp_name='.a' must be a plain name"), (["exp_name=a "], "exp_name='a ' must be a plain name"),
+    ([f"exp_name={'a' * 201}"], "exp_name='aaa"), (["cache_dir= "], "cache_dir must name a folder"),
+    (["model.max_length=1", "model.max_prompt_length=null"], "model.max_length=1 must be from 2 to"),
     (["exp_name=tokens"], "exp_name=tokens is where cache_dir holds something else"),
     (["exp_name=datasets"], "exp_name=datasets is where cache_dir holds something else"),
     (["exp_name=models--gpt2"], "exp_name=models--gpt2 is where cache_dir holds something else"),
@@ -438,7 +445,8 @@ def test_everything_wrong_is_said_at_once(config_file):
     ("config = Config(lrr=1)", "TypeError: .*'lrr'"),
     ("config = Config()\nconfig.lrr = 1", "AttributeError: .*'lrr'"),
     ("config = Config()\nconfig.model.max_lenght = 1", "AttributeError: .*'max_lenght'"),
-    ("exit()", "SystemExit: "), ("import sys\nsys.exit('no GPU')", "SystemExit: no GPU"),
+    ("exit()", "SystemExit: "), ("raise GeneratorExit('x')", "GeneratorExit: x"),
+    ("config = Config(seed=True)", "seed=True must be"), ("import sys\nsys.exit('no GPU')", "SystemExit: no GPU"),
     ("raise RuntimeError('first line\\nsecond line')", "RuntimeError: first line"),
     ("import nothing_of_this_name", "ModuleNotFoundError: .*nothing_of_this_name"),
     ("config = Config(model={'max_length': 8})", "model={.*} must be a ModelConfig"),
@@ -516,7 +524,7 @@ def test_help_shows_every_knob_with_default_type_bounds_and_meaning(flag):
         default, kind, meaning = shown[key]
         assert meaning == item.metadata["meaning"].removeprefix("required: ") and kind.endswith(f", {text}" if text else kind)
         assert (default == "required") == item.metadata["meaning"].startswith("required: ")
-    assert shown["model.max_length"][:2] == ["2048", "an integer, from 1 to 1,000,000,000,000"]
+    assert shown["model.max_length"][:2] == ["2048", "an integer, from 2 to 1,000,000,000,000"]
     assert shown["n_examples"][:2] == ["null", "an integer or null, from 1 to 1,000,000,000,000"]
     assert shown["warmup"][:2] == ["0.1", "a number, at least 0 and below 1"]
     assert shown["exp_name"][:2] == ["required", "a text"] and shown["do_first_eval"][:2] == ["true", "true or false"]

@@ -543,6 +543,8 @@ MISFITS = {
     "a tensor too many": changed_weights(lambda weights: weights | {"base_model.model.model.norm.weight": torch.ones(32)}),
     "a B of another shape": changed_weights(lambda weights: {
         name: tensor[:-1].clone() if "layers.1.mlp.up_proj.lora_B" in name else tensor for name, tensor in weights.items()}),
+    "an A with infinity": changed_weights(lambda weights: weights | {
+        name: tensor / 0 for name, tensor in weights.items() if "layers.1.mlp.up_proj.lora_A" in name}),
     "a wider model's": written_by_peft({"hidden_size": 64}),
     "a deeper model's": written_by_peft({"num_hidden_layers": 3}),
     "another architecture's": written_by_peft(kind="gpt_neox"),

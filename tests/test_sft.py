@@ -180,7 +180,7 @@ def more(folder, straight) -> Path:
     run(folder, "resumed-1", *RESUMED, n_processes=0)  # without torchrun's environment
     run(folder, "resumed-2", *RESUMED, n_processes=2)
     run(folder, "resumed-4", *RESUMED, "model.gradient_accumulation_steps=1", n_processes=4)
-    run(folder, "resumed-1-2", *RESUMED, "model.from_checkpoint=runs/resumed-1/checkpoints/step-5", n_processes=2)
+    run(folder, "resumed-1-2", *RESUMED[:2], "model.from_checkpoint=runs/resumed-1/checkpoints/step-5", n_processes=2)
     run(folder, "tied", *TIED, n_processes=2)
     return folder / "runs"
 
