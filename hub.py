@@ -212,10 +212,13 @@ def is_parquet(file: str) -> bool:
     """Whether the file begins and ends as these files do; of a pipe or a device nothing is read."""
     if not os.path.isfile(file):
         return False
-    with open(file, "rb") as stream:
-        begins = stream.read(4)
-        stream.seek(max(0, os.path.getsize(file) - 4))
-        return begins == stream.read(4) == b"PAR1" and os.path.getsize(file) > 8
+    try:
+        with open(file, "rb") as stream:
+            begins = stream.read(4)
+            stream.seek(max(0, os.path.getsize(file) - 4))
+            return begins == stream.read(4) == b"PAR1" and os.path.getsize(file) > 8
+    except OSError as error:
+        raise HubError(f"{file}: can't be read: {error.strerror}") from error
 
 
 def check_access(config) -> list[str]:

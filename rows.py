@@ -99,11 +99,14 @@ def below(folder: Path) -> list[Path]:
 
     Raises DataError.
     """
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: can't be read: {error.strerror}") from error
+    def fail(error: OSError) -> None:  # os.walk would go on
+        raise error
 
-    return sorted(path for root, folders, files in os.walk(folder, onerror=refuse) for path in (Path(root, name) for name in
-                  folders + files) if path.is_symlink() or not path.is_dir())
+    try:
+        paths = [Path(root, name) for root, folders, files in os.walk(folder, onerror=fail) for name in folders + files]
+        return sorted(path for path in paths if path.is_symlink() or not path.is_dir())
+    except OSError as error:
+        raise DataError(f"{error.filename}: can't be read: {error.strerror}") from error
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, object]]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import rows as rows_module
 from chat import ChatEncoder
 from data import DataError
+from hub import HubError, fetch
 from make_tiny import make_rows, train_tokenizer
 from model_utils import load_tokenizer
 from rows import list_files, passed_over, read_rows, to_conversation
@@ -125,16 +126,24 @@ def no_root():
     os.seteuid(before)
 
 
-def test_a_folder_that_can_t_be_looked_into_is_named(tmp_path, monkeypatch, request):
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # what is above it may be closed too
     tmp_path.chmod(0o755)
     Path("folder/closed").mkdir(parents=True)
     Path("folder/a.jsonl").write_text("{}")
+    Path("folder/closed/b.jsonl").write_text("{}")
     Path("folder/closed").chmod(0)
+    Path("names").mkdir()
+    Path("names/a.jsonl").write_text("{}")
+    Path("names").chmod(0o444)  # what is in it can be named, and no more
+    Path("x.parquet").touch(0)
     request.getfixturevalue("no_root")
     for look in (list_files, passed_over):
-        with pytest.raises(DataError, match="^folder/closed: can't be read: Permission denied$"):
-            look(["folder"])
+        for folder, closed in (("folder", "folder/closed"), ("names", "names/a.jsonl")):
+            with pytest.raises(DataError, match=f"^{closed}: can't be read: Permission denied$"):
+                look([folder])
+    with pytest.raises(HubError, match="^x.parquet: can't be read: Permission denied$"):
+        fetch("x.parquet", "train", "cache")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
