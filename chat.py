@@ -21,11 +21,11 @@ import numpy as np
 import tokenizers
 import transformers
 
-from configs.base import one_line
 from data import DTYPES, DataError, Examples, TokenisedRows, mix, split_rows, tokenise
 from hub import SOURCES, fetch, parse_weight
 from model_utils import generate
 from rows import Conversation, list_files, passed_over, read_rows, to_conversation
+from script import one_line
 from template import ChatTemplate
 
 

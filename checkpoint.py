@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from configs.base import PARENT, changes, handle_signals, timed
+from configs.base import changes
 from fsdp_utils import failing_together, gather_all, is_finite, on_any_rank, say
 from model_utils import fingerprint
+from script import PARENT, handle_signals, timed
 
 
 class CheckpointError(Exception):

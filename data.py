@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs.base import timed
+from script import timed
 
 IGNORE = -100  # the label of a token that is not a target, as in torch's cross-entropy
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.base import timed
+from script import timed
 
 
 class ModelError(ValueError):

@@ -11,7 +11,7 @@ is a row of any shape that rows.py lists; its answer, if it has one, is left out
 import argparse
 import sys
 
-from configs.base import Options, fail, why_not_writable
+from script import Options, fail, why_not_writable
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.base import one_line, timed
+from script import one_line, timed
 
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")  # as in HALOs; to be tokens of the tokenizer, or else they are spelt out
 

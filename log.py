@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configs.base import PARTS, STARTED, one_line
 from data import Examples, TokenisedRows
 from fsdp_utils import say
 from model_utils import PLAIN_TEMPLATE
+from script import PARTS, STARTED, one_line
 
 
 class LogError(Exception):

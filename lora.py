@@ -14,9 +14,9 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from configs.base import one_line
 from fsdp_utils import ModelError, is_finite, name_of
 from logps import weight_of
+from script import one_line
 
 
 class LoRALinear(nn.Linear):

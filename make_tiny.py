@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from configs.base import Options, fail, one_line
+from script import Options, fail, one_line
 
 OUT = Path(".cache/tiny-data")
 N_TRAIN, N_TEST = 24_000, 256

@@ -24,10 +24,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
-from configs.base import one_line, timed
 from fsdp_utils import ModelError, failing_together, find_blocks, gather_all, is_finite
 from logps import target_logps
 from lora import NEW_ROWS, add_lora
+from script import one_line, timed
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.base import Options, fail, one_line, why_not_writable
+from script import Options, fail, one_line, why_not_writable
 
 PANELS = {"loss/train": "Training loss (nats per target)", "loss/eval": "Held-out loss (nats per target)",
           "grad_norm": "Gradient norm, before clipping", "lr": "Learning rate (× 10⁻⁶)",

@@ -6,8 +6,9 @@
 
 import gc
 
-from configs.base import Config, ModelConfig, fail, read_command_line
+from configs.base import Config, ModelConfig, read_command_line
 from hub import CONTROL_TOKENS, HubError, check_access
+from script import fail
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
     config = read_command_line(check_access)

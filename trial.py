@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import attention  # noqa: F401 (for transformers to know "documents")
-from configs.base import one_line, timed
 from fsdp_utils import ModelError, name_of, say
 from model_utils import compute_dtype
+from script import one_line, timed
 
 
 @timed("trial")

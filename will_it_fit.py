@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-from configs.base import Config, ConfigError, Options, fail, load_config, one_line
+from configs.base import Config, ConfigError, load_config
+from script import Options, fail, one_line
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here is not asked

@@ -37,12 +37,13 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from configs.base import Config, ModelConfig, PeftConfig, one_line
+from configs.base import Config, ModelConfig, PeftConfig
 from data import IGNORE, collate_packed, collate_padded
 from export import export_model
 from fsdp_utils import ModelError, init_processes, make_mesh, shard_model
 from lora import lora_names
 from model_utils import load_tokenizer, load_weights
+from script import one_line
 from sft import get_batch_metrics, make_model
 from trial import check_gradients, try_model
 

@@ -6,7 +6,6 @@ This file imports nothing heavy, so that --help and a misspelt key answer at onc
 in a config file too, where it is assigned to.
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -17,16 +16,13 @@ import math
 import os
 import re
 import runpy
-import signal
 import sys
 import time
 import types
 import typing
 from dataclasses import dataclass, field
 
-STARTED, PARENT = time.perf_counter(), os.getppid()  # a script imports this file before all that takes long
-PARTS = {}  # of this process's start: seconds by name
-
+from script import PARTS, STARTED, end_early, fail, handle_signals, one_line
 
 
 def between(low: float, high: float) -> tuple[str, typing.Callable]:
@@ -137,15 +133,6 @@ class ConfigError(ValueError):
     """Everything that is wrong with a configuration, one line each."""
 
 
-@contextlib.contextmanager
-def timed(part: str) -> typing.Iterator[None]:
-    """Adds the seconds of the block, or of each call of the function that it decorates, to those of a part of the start."""
-    began = time.perf_counter()
-    PARTS.setdefault("imports", began - STARTED - sum(PARTS.values()))  # whatever is before the first
-    yield
-    PARTS[part] = PARTS.get(part, 0.0) + time.perf_counter() - began
-
-
 def brief(value: object) -> str:
     """Returns the value's text as a terminal can show it, of which the middle is left out where it is long."""
     try:
@@ -153,12 +140,6 @@ def brief(value: object) -> str:
     except ValueError:  # Python's own, of 4,300 digits and more
         return "a number of thousands of digits"
     return text if len(text) < 60 else f"{text[:30]}...{text[-10:]} ({len(text)} characters)"
-
-
-def one_line(error: Exception | str) -> str:
-    """Returns the error's text, of at most 300 characters, none of which a terminal obeys; or its type's name if it has none."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def check(config: Config, world_size: int) -> list[str]:
@@ -341,64 +322,6 @@ def read_command_line(more_checks: typing.Callable[[Config], list[str]]) -> Conf
         fail(error)
     finally:
         PARTS["configuration"] = time.perf_counter() - STARTED
-
-
-def handle_signals(handler: typing.Callable | signal.Handlers) -> None:
-    """Has handler(number, frame) called by what asks a run to end, but for what is ignored: by nohup, a closed terminal."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def end_early(number: int, _) -> None:
-    """Ends this process and its own with a line: before a run's first step there is nothing to save."""
-    if os.environ.get("RANK", "0") == "0":
-        name = signal.Signals(number).name
-        os.write(2, f"\n{os.path.basename(sys.argv[0])}: ended by {name} before its first step\n".encode())
-    for process in sys.modules["multiprocessing"].active_children() if "multiprocessing" in sys.modules else ():
-        process.kill()
-    os._exit(128 + number)
-
-
-def fail(error: object, end: typing.Callable[[int], typing.NoReturn] = sys.exit, wait: float | None = None) -> typing.NoReturn:
-    """Ends this process with code 1 and the error's text as the last one on the screen: torchrun prints that of its file last.
-
-    wait   seconds in which another rank may speak first, whose end makes torchrun end this one too. By default the first of a
-           machine's ranks speaks for all, since all find the same.
-    """
-    handle_signals(signal.SIG_DFL)  # there is nothing more to save
-    time.sleep(60 * (os.environ.get("LOCAL_RANK", "0") != "0") if wait is None else wait)
-    text = f"{os.path.basename(sys.argv[0])}: {error}"
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with open(file, "w", encoding="utf-8") as out:
-            json.dump({"message": f"\n\n{text}", "timestamp": int(time.time())}, out)
-    else:
-        print(text, file=sys.stderr)
-    end(1)
-
-
-class Options(argparse.ArgumentParser):
-    """Reads a script's own options. What is wrong with them is said as all else is: in a line, and with code 1."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str) -> typing.NoReturn:
-        fail(message)
-
-    def print_help(self, file: typing.TextIO | None = None) -> None:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python itself would complain of the pipe that `head` has closed
-        super().print_help(file)
-
-
-def why_not_writable(path: str | os.PathLike) -> str:
-    """Returns why no file can be written by this name, in the place of another if there is one; "" where nothing is known."""
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        return f"there is no folder {folder}"
-    if os.path.exists(path) and not os.path.isfile(path):
-        return "this is a folder" if os.path.isdir(path) else "this is a pipe or a device, which a file must not replace"
-    return "" if os.access(folder, os.W_OK) else f"nothing may be written to the folder {folder}"
 
 
 def usage() -> str:

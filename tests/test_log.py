@@ -22,11 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import log
 from chat import ChatEncoder, load_examples
-from configs.base import Config, WandbConfig, timed
+from configs.base import Config, WandbConfig
 from fsdp_utils import end_process, init_processes, say
 from log import Log, count_flops, describe_data, describe_run, describe_start, explain, is_right, plot, show_answers, show_example
 from logps import target_logps
 from model_utils import load_model, load_tokenizer
+from script import timed
 from trial import whole_batch
 
 CPU, SETTINGS = torch.device("cpu"), dataclasses.asdict(Config(exp_name="a"))
@@ -243,7 +244,7 @@ def test_a_run_begins_with_what_it_trains_on_what(started, group, tmp_path):
 
 
 def test_the_parts_of_the_start_add_up_to_it(monkeypatch):
-    monkeypatch.setattr("configs.base.PARTS", parts := {})
+    monkeypatch.setattr("script.PARTS", parts := {})
     monkeypatch.setattr("log.PARTS", parts)
 
     @timed("model")
