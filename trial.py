@@ -106,8 +106,6 @@ def check_head(model, device: torch.device) -> None:
             logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise ModelError(f"{name_of(model)} can't be run here: {one_line(error)}") from error
-        if not logits.isfinite().any():
-            raise ModelError(f"{name_of(model)}: none of its logits is a finite number")
         # Sums in another order differ by some roundings of what is summed; what a head does to its logits, by far more
         size = logits.nan_to_num(posinf=0, neginf=0).abs().max().item()
         rounding = (1e-5 if compute_dtype(device) == torch.float32 else 1e-2) * (1 + size)
