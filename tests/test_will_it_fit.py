@@ -101,7 +101,7 @@ def test_answers_new_tokens_and_offloading_are_seen():
 
 
 def test_the_command_tells_what_fits_and_what_would_make_it_fit(tmp_path):
-    (tmp_path / "config.py").write_text("from configs.base import Config, ModelConfig\nconfig = Configexp_name='x', "
+    (tmp_path / "config.py").write_text("from configs.base import Config, ModelConfig\nconfig = Config(exp_name='x', "
                                         "datasets=['d'], "
                                         f"model=ModelConfig(tokenizer_name_or_path='none', random_init={LLAMA}))\n")
     said = run_well(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 2, "--gib", 0.1, cwd=tmp_path)
