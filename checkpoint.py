@@ -367,7 +367,8 @@ def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int
                 if then.get(file) != now.get(file)]
     if state["data"] != facts["data"]:
         contents.append("the rows: other files or weights, or tokenised by another tokenizer or version")
-    different = changes(state["config"], facts["config"], moved=bool(contents)) + contents
+    moved = bool(contents) or "base" not in state  # an older version's checkpoint tells the base by its name alone
+    different = changes(state["config"], facts["config"], moved) + contents
     if different and not allow_changes:
         raise CheckpointError(f"{folder}: this run began differently: {'; '.join(different)}. Go back to that, choose another "
                               "exp_name, or set allow_changes=true")

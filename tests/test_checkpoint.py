@@ -702,6 +702,17 @@ def test_a_base_that_has_moved_is_the_same(folder, straight):
     assert "finished already" in run_well(*command("straight", "model.name_or_path=moved"), n_processes=2, cwd=folder)
 
 
+def test_a_base_is_told_by_its_name_where_an_older_checkpoint_knows_no_more(folder, straight):
+    run = copy_of(straight, "of old", "FINAL", "step-14")
+    file = run / "checkpoints/step-15/checkpoint.json"
+    manifest = json.loads(file.read_text())
+    del manifest["base"], manifest["sha256"]
+    file.write_text(json.dumps(manifest | {"sha256": checksum(manifest)}))
+    done = run_script(*command("of old", "model.name_or_path=moved"), cwd=folder)
+    assert done.returncode == 1 and "began differently: model.name_or_path: 'model' then, 'moved' now. Go back" in done.stderr
+    assert "resumed from runs/of old/checkpoints/step-15\n" in run_well(*command("of old"), n_processes=2, cwd=folder)
+
+
 def test_a_change_is_allowed_where_it_is_asked_for(folder, straight):
     run = copy_of(straight, "allowed", "FINAL", "step-15")
     run_well(*command("allowed", "lr=2e-2", "allow_changes=true"), n_processes=2, cwd=folder)
