@@ -102,6 +102,11 @@ def gather_all(value) -> list:
     return values
 
 
+def is_of_another(error: Exception) -> bool:
+    """Whether a collective fails since another rank has ended, or does not answer."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
 def on_any_rank(happened: bool) -> bool:
     """Returns whether it is so on one of the ranks, on all; they need not wait for their GPUs. All ranks must call it."""
     flag = torch.tensor(int(happened))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Examples, TokenisedRows
-from fsdp_utils import say
+from fsdp_utils import is_of_another, say
 from model_utils import PLAIN_TEMPLATE
 from script import PARTS, STARTED, one_line
 
@@ -283,7 +283,7 @@ def explain(error: Exception, timeout_minutes: float) -> tuple[str, float]:
     rank, text = f"rank {os.environ.get('RANK', 0)}", one_line(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return f"{rank}: out of memory: {text}; python will_it_fit.py with the same arguments tells what would fit", 0
-    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in text:
+    if is_of_another(error):
         return f"{rank}: another rank has ended, or has not answered for {timeout_minutes} minutes: {text[:200]}", 10
     return traceback.format_exc(), 0
 

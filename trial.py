@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import attention  # noqa: F401 (for transformers to know "documents")
-from fsdp_utils import ModelError, name_of, say
+from fsdp_utils import ModelError, is_of_another, name_of, say
 from model_utils import compute_dtype
 from script import one_line, timed
 
@@ -105,6 +105,8 @@ def check_head(model, device: torch.device) -> None:
         try:
             logits, moved = (model(input_ids=rows, use_cache=False).logits[0, :-1].float() for rows in (ids, other))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            if is_of_another(error):
+                raise
             raise ModelError(f"{name_of(model)} can't be run here: {one_line(error)}") from error
         # Sums in another order differ by some roundings of what is summed; what a head does to its logits, by far more
         size = logits.nan_to_num(posinf=0, neginf=0).abs().max().item()
