@@ -20,7 +20,7 @@ from torch import nn
 from checkpoint import FILES, CheckpointError, step_of, written_whole
 from fsdp_utils import failing_together, gather_in_parts
 from lora import merge_lora, save_adapter
-from model_utils import TOKENIZER_FILES, find_file, fingerprint
+from model_utils import TOKENIZER_FILES, base_of, find_file, fingerprint
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json",
                    "video_preprocessor_config.json", "feature_extractor_config.json")
@@ -145,7 +145,7 @@ def finish_folder(folder: Path, model, tokenizer, settings: dict) -> None:
     A changed key is changed in the base's file: stop tokens, a chat template, the weights' dtype.
     """
     config, cache_dir = settings["model"], settings["cache_dir"]
-    base = "" if config["random_init"] and not config["load_from"] else config["load_from"] or config["name_or_path"]
+    base = base_of(config)
     if (folder / "config.json").exists():
         if base:
             original = find_file(base, "config.json", cache_dir)

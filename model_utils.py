@@ -81,19 +81,24 @@ def reason(error: Exception) -> str:
     return f"it knows no {text}" if isinstance(error, KeyError) else text
 
 
+def base_of(settings: dict) -> str:
+    """Returns where a run's weights come from, by its model's settings; "" where random ones are made."""
+    return settings["load_from"] or ("" if settings["random_init"] else settings["name_or_path"])
+
+
 def check_model(settings: dict, tokenizer, cache_dir: str) -> None:
     """Raises ModelError where there is no such model, or it has no blocks, or no layer for the LoRA that its settings ask for."""
-    name_or_path = settings["load_from"] or settings["name_or_path"]
+    base = base_of(settings)
     try:
-        if settings["random_init"] and not settings["load_from"]:
+        if base:
+            model = make_outline(base, cache_dir)
+        else:
             with Unallocated():
                 model = make_new_model(settings["random_init"], tokenizer, torch.float32)
-        else:
-            model = make_outline(name_or_path, cache_dir)
     except ModelError:
         raise
     except Exception as error:  # each model's configuration has checks of its own
-        raise ModelError(f"{name_or_path}: no causal language model can be loaded: {reason(error)}") from error
+        raise ModelError(f"{base}: no causal language model can be loaded: {reason(error)}") from error
     find_blocks(model)
     if settings["use_peft"] and not settings["load_lora_from"]:
         add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
@@ -284,7 +289,7 @@ def fingerprints(settings: dict, cache_dir: str) -> dict[str, str]:
 
     Of a file of more than 4 MB the checksum is of 256 slices.
     """
-    base = "" if settings["random_init"] and not settings["load_from"] else settings["load_from"] or settings["name_or_path"]
+    base = base_of(settings)
     try:
         files = {"config.json": find_file(base, "config.json", cache_dir)} if base else {}
         files |= {Path(file).name: file for file in find_weights(base, cache_dir).values()} if base else {}

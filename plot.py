@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from script import Options, fail, one_line, why_not_writable
+from script import Options, fail, one_line, printable, why_not_writable
 
 PANELS = {"loss/train": "Training loss (nats per target)", "loss/eval": "Held-out loss (nats per target)",
           "grad_norm": "Gradient norm, before clipping", "lr": "Learning rate (× 10⁻⁶)",
@@ -125,7 +125,7 @@ def main() -> None:
     args = options.parse_args()
     names = [folder.resolve().name for folder in args.runs]
     names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, args.runs)]
-    names = [name if name.isprintable() else name.encode("unicode_escape").decode() for name in names]
+    names = [*map(printable, names)]
     try:
         if len(names) > len(COLOURS):
             raise ValueError(f"{len(names)} runs can't be told apart on one page; give at most {len(COLOURS)}")

@@ -25,10 +25,14 @@ def timed(part: str) -> typing.Iterator[None]:
     PARTS[part] = PARTS.get(part, 0.0) + time.perf_counter() - began
 
 
+def printable(text: str) -> str:
+    """Returns the text, in which a terminal would obey nothing."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
 def one_line(error: Exception | str) -> str:
     """Returns the error's text, of at most 300 characters, none of which a terminal obeys; or its type's name if it has none."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    return printable(" ".join(str(error).split())[:300] or type(error).__name__)
 
 
 def handle_signals(handler: typing.Callable | signal.Handlers) -> None:
