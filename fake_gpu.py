@@ -81,6 +81,8 @@ class FakeGPU(TorchDispatchMode):
             self.wait()
             args = args[0], [index for mask in args[1] for index in self.places_of(mask)]
         self.hear(name, args, kwargs)
+        if name == "_varlen_attn" and not all(ends.is_contiguous() for ends in args[3:5]):
+            raise RuntimeError("cu_seqlens must be contiguous")  # as the kernel does; its fake asks nothing of them
         if name == "_to_copy" and kwargs.get("device") == DEVICE:
             return self.copy_to_gpu(*args, **kwargs)
         if "out" in kwargs and "dtype" in function._overloadname:
