@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ import transformers
 from data import DTYPES, DataError, Examples, TokenisedRows, mix, split_rows, tokenise
 from hub import SOURCES, fetch, parse_weight
 from model_utils import generate
-from rows import Conversation, list_files, passed_over, read_rows, to_conversation
+from rows import Conversation, list_files, only_conversation, passed_over, read_rows
 from script import one_line
 from template import ChatTemplate
 
@@ -59,7 +59,16 @@ def group_answers(answers: list[Answer]) -> list[list[Answer]]:
     return groups
 
 
-class Example(NamedTuple):
+class Plan(NamedTuple):
+    """What a conversation is to become: documents, one for each group of its answers; or those that a text is."""
+
+    messages: list[dict]
+    tools: list[dict]
+    groups: list[list[Answer]]
+    pieces: list["Document"]
+
+
+class Document(NamedTuple):
     ids: list[int]
     trained: list[bool]
     n_tokens: int  # before truncation
@@ -68,15 +77,19 @@ class Example(NamedTuple):
 
 
 class ChatEncoder:
-    """Rows → examples: token ids, and which of them are targets; at most max_length of them."""
+    """Rows → examples: of each document the token ids, at most max_length of them, and which of them are targets."""
 
     read = staticmethod(read_rows)  # for the token cache, which knows neither files nor rows
 
     def __init__(self, tokenizer, max_length: int, max_prompt_length: int, last_answer_only: bool = False,
-                 template_kwargs: dict | None = None, date: str = ""):
-        """template_kwargs and date are ChatTemplate's. Raises DataError where the template can't be used at all."""
+                 template_kwargs: dict | None = None, date: str = "",
+                 read_row: Callable[[object], list[Conversation]] = only_conversation, n_documents: int = 1):
+        """template_kwargs and date are ChatTemplate's. Raises DataError where the template can't be used at all.
+
+        read_row, of rows.py, returns the n_documents conversations that a row is; an example has a document of each.
+        """
         self.tokenizer, self.max_length, self.max_prompt_length = tokenizer, max_length, max_prompt_length
-        self.last_answer_only = last_answer_only
+        self.last_answer_only, self.read_row, self.n_documents = last_answer_only, read_row, n_documents
         try:
             self.template = ChatTemplate(tokenizer, date, template_kwargs or {})
         except ValueError as error:
@@ -96,7 +109,7 @@ class ChatEncoder:
         unnamed = repr(tokenizer).replace(repr(tokenizer.name_or_path), "")  # it may have moved
         parts = [*code, transformers.__version__, tokenizers.__version__, unnamed, self.template.identity,
                  json.dumps(tokenizer.get_vocab(), sort_keys=True), self.max_length, self.max_prompt_length,
-                 self.last_answer_only]
+                 self.last_answer_only, self.read_row.__qualname__]
         parts += [tokenizer.backend_tokenizer.to_str()] if tokenizer.is_fast else []
         return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()
 
@@ -169,14 +182,29 @@ class ChatEncoder:
             del message["train"]
         return messages, targets[-1:] if self.last_answer_only else targets
 
-    def from_group(self, messages: list[dict], tools: list[dict], group: list[Answer]) -> list[Example]:
-        """A sequence → the example that it is; or what is left of it where it is too long.
+    def plan(self, row: Conversation) -> Plan:
+        if row.text is not None:
+            return Plan([], [], [], self.from_text(row.text))
+        messages, indices = self.prepare(row)
+        return Plan(messages, row.tools, self.find_answers(messages, row.tools, indices), [])
+
+    def carry_out(self, plans: list[Plan]) -> list[tuple[Document, ...]]:
+        """The plans of a row's conversations → its examples, of each of which they have a document.
+
+        Those of several conversations are cut alike: by the longest of them, so that they keep the same context.
+        """
+        lengths = [sum(len(self.encode_group(group)[0]) for group in plan.groups) if len(plans) > 1 else 0 for plan in plans]
+        return [*zip(*([*plan.pieces, *(document for group in plan.groups for document in self.from_group(
+            plan.messages, plan.tools, group, max(lengths) - length))] for plan, length in zip(plans, lengths)))]
+
+    def from_group(self, messages: list[dict], tools: list[dict], group: list[Answer], n_more: int = 0) -> list[Document]:
+        """A sequence → the document that it is; or what is left of it where it, and n_more tokens, are too long.
 
         It loses its oldest exchanges, then the beginning of its last question (down to max_prompt_length tokens of prompt),
         then the end of its answer.
         """
         encoded = self.encode_group(group)
-        if len(encoded[0]) <= self.max_length:
+        if len(encoded[0]) + n_more <= self.max_length:
             return [self.truncate(encoded, len(encoded[0]), group[-1].index - len(messages))]
         last = group[-1].index
         n_head = next(i for i, message in enumerate(messages) if message["role"] not in ("system", "developer"))
@@ -185,7 +213,7 @@ class ChatEncoder:
 
         def fits(start: int) -> bool:
             context = self.template.render([*head, *messages[start:last]], tools, for_answer=True)
-            return len(self.tokens(context + group[-1].target)) <= self.max_length
+            return len(self.tokens(context + group[-1].target)) + n_more <= self.max_length
 
         n_lost = bisect.bisect_left(starts, True, key=fits)
         start = starts[min(n_lost, len(starts) - 1)]
@@ -193,12 +221,12 @@ class ChatEncoder:
         indices = [answer.index - start + n_head for answer in group if answer.index >= start]
         if n_lost == len(starts):
             kept = self.shorten_question(kept, tools, n_head, indices)
-        examples, n_tokens = [], len(encoded[0])
+        documents, n_tokens = [], len(encoded[0])
         for part in self.find_answers(kept, tools, indices):
             short = self.encode_group(part)
             n_tokens = n_tokens if part[-1].index == indices[-1] else len(short[0])
-            examples.append(self.truncate(short, n_tokens, part[-1].index - len(kept) - (len(messages) - 1 - last)))
-        return examples
+            documents.append(self.truncate(short, n_tokens, part[-1].index - len(kept) - (len(messages) - 1 - last)))
+        return documents
 
     def shorten_question(self, messages: list[dict], tools: list[dict], i: int, indices: list[int]) -> list[dict]:
         """Cuts the beginning of messages[i], if need be, so that the first answer's prompt fits max_prompt_length."""
@@ -216,20 +244,20 @@ class ChatEncoder:
         most = min(len(text), self.max_prompt_length * max(map(len, self.tokenizer.get_vocab())))
         return cut(max(0, bisect.bisect_left(range(most + 1), True, key=is_too_long) - 1))
 
-    def truncate(self, encoded: tuple[list[int], list[tuple[int, int]], int], n_tokens: int, answer: int) -> Example:
+    def truncate(self, encoded: tuple[list[int], list[tuple[int, int]], int], n_tokens: int, answer: int) -> Document:
         ids, spans, n_merged = encoded
         trained = [False] * len(ids)
         for start, stop in spans:
             start = max(start, 1)  # nothing comes before the first token to predict it from
             trained[start:stop] = [True] * (stop - start)
         # An answer's end, its last token, goes with what is cut off: the model must not learn to stop there
-        return Example(ids[:self.max_length], trained[:self.max_length], n_tokens, answer, n_merged)
+        return Document(ids[:self.max_length], trained[:self.max_length], n_tokens, answer, n_merged)
 
-    def from_text(self, text: str) -> list[Example]:
+    def from_text(self, text: str) -> list[Document]:
         """A text → pieces, each of which begins with the token before it; all others are targets, the end token too."""
         ids = [*self.text_ids(text), self.tokenizer.eos_token_id]
         pieces = [ids[start:start + self.max_length] for start in range(0, len(ids) - 1, self.max_length - 1)]
-        return [Example(piece, [False] + [True] * (len(piece) - 1), len(piece), 0) for piece in pieces if text]
+        return [Document(piece, [False] + [True] * (len(piece) - 1), len(piece), 0) for piece in pieces if text]
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of a text that stands alone: behind the token that begins texts, or that ends the one before."""
@@ -250,31 +278,25 @@ class ChatEncoder:
         for number, (line, row) in enumerate(rows, first):
             counts["rows"] += 1
             try:
-                conversation = to_conversation(row)
-                for key in conversation.unread:
+                conversations = self.read_row(row)
+                for key in set().union(*(conversation.unread for conversation in conversations)):
                     count(f"unread: {one_line(key)}", line)
-                if self.template.control.search(words_of(conversation)):  # it would become that token
+                if any(self.template.control.search(words_of(it)) for it in conversations):  # it would become that token
                     count("dropped: a text spells a control token", line)
                     continue
-                if conversation.text is not None:
-                    plans.append((number, line, [], [], [], self.from_text(conversation.text)))
-                    continue
-                messages, indices = self.prepare(conversation)
-                if conversation.n_left_out:
-                    count("answers before the first question, left out", line, conversation.n_left_out)
-                groups = self.find_answers(messages, conversation.tools, indices)
-                plans.append((number, line, messages, conversation.tools, groups, []))
+                if left_out := sum(conversation.n_left_out for conversation in conversations):
+                    count("answers before the first question, left out", line, left_out)
+                plans.append((number, line, [self.plan(conversation) for conversation in conversations]))
             except (ValueError, RecursionError) as error:  # the latter on showing a value that is nested deeply
                 count(f"bad: {one_line(error)}", line)
 
         columns = {name: [] for name in DTYPES}
         self.ids_of.clear()
-        self.learn_units(text for *_, groups, _ in plans for group in groups for piece, header, target in self.cut(group)
-                         for text in (piece, header + target))
-        for number, line, messages, tools, groups, examples in plans:
+        self.learn_units(text for *_, row_plans in plans for plan in row_plans for group in plan.groups
+                         for piece, header, target in self.cut(group) for text in (piece, header + target))
+        for number, line, (plan, *others) in plans:
             try:
-                for group in groups:
-                    examples += self.from_group(messages, tools, group)
+                examples = self.carry_out([plan, *others])
             except ValueError as error:  # what is left of a long one, too, must be what the template can write
                 count(f"bad: {one_line(error)}", line)
                 continue
@@ -282,17 +304,17 @@ class ChatEncoder:
             if not examples:
                 count("dropped: nothing to train", line)
             elif len(examples) > 1:
-                reason = "the template writes an answer otherwise once another follows" if groups else "a text is long"
+                reason = "the template writes an answer otherwise once another follows" if plan.groups else "a text is long"
                 count(f"split: {reason}", line)
-                if groups:
-                    counts["tokens more by splitting"] += sum(example.n_tokens for example in examples[:-1])
+                if plan.groups:
+                    counts["tokens more by splitting"] += sum(document.n_tokens for document, in examples[:-1])
             if examples:
-                count(f"shown: {self.kind_of(messages)}", line)
-            for example in examples:
-                columns["ids"] += example.ids
-                columns["trained"] += example.trained
-                for name, value in (("lengths", len(example.ids)), ("targets", sum(example.trained)), ("files", file_index),
-                                    ("lines", line), ("rows", number), ("answers", example.answer)):
+                count(f"shown: {self.kind_of(plan.messages)}", line)
+            for document in itertools.chain(*examples):
+                columns["ids"] += document.ids
+                columns["trained"] += document.trained
+                for name, value in (("lengths", len(document.ids)), ("targets", sum(document.trained)), ("files", file_index),
+                                    ("lines", line), ("rows", number), ("answers", document.answer)):
                     columns[name].append(value)
         return {name: np.array(values, DTYPES[name]) for name, values in columns.items()}, counts, places
 
@@ -304,14 +326,17 @@ class ChatEncoder:
         return "with a thought" if any(self.template.split_thought(message)[0] for message in answers) else \
             "in words" if messages else "a text"
 
-    def count_example(self, example: Example, counts: Counter) -> bool:
-        """Counts it; returns whether it has a target."""
-        kept = len(example.ids) if any(example.trained) else 0
-        counts.update({name: n for name, n in {
-            "tokens": example.n_tokens, "tokens kept": kept, "tokens dropped": example.n_tokens - kept,
-            "targets": sum(example.trained), "examples": int(kept > 0), "examples truncated": int(0 < kept < example.n_tokens),
-            "answers in the tokens that they were written in": example.n_merged}.items() if n})
-        return kept > 0
+    def count_example(self, example: tuple[Document, ...], counts: Counter) -> bool:
+        """Counts it; returns whether it is kept: whether each of its documents has a target."""
+        kept = all(any(document.trained) for document in example)
+        sums = Counter({"examples": kept, "examples truncated": kept and any(it.n_tokens > len(it.ids) for it in example)})
+        for document in example:
+            n_kept = len(document.ids) if kept else 0
+            sums.update({"tokens": document.n_tokens, "tokens kept": n_kept, "tokens dropped": document.n_tokens - n_kept,
+                         "targets": sum(document.trained) if kept else 0,
+                         "answers in the tokens that they were written in": document.n_merged})
+        counts.update({name: int(n) for name, n in sums.items() if n})
+        return kept
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is asked and answered
@@ -344,19 +369,19 @@ def words_of(row: Conversation) -> str:
 
 
 def load_examples(encoder: ChatEncoder, datasets: Sequence[str], eval_datasets: Sequence[str], eval_fraction: float,
-                  conditional: bool, seed: int, cache_dir: str, max_bad_rows: float = 0.01) -> tuple[Examples, Examples, str]:
+                  form: str, seed: int, cache_dir: str, max_bad_rows: float = 0.01) -> tuple[Examples, Examples, str]:
     """Returns (training, held-out examples, what identifies the former: rows and weights). Raises DataError, HubError.
 
     Held out are `eval_datasets`, or a fraction of the rows, or else the test splits of the data sets that have a name. All
-    examples of a row are on one side.
+    examples of a row are on one side. `form` is fetch's.
     """
     entries = [parse_weight(entry) for entry in datasets]
-    paths = [fetch(name, "train", cache_dir, conditional) for name, _ in entries]
+    paths = [fetch(name, "train", cache_dir, form) for name, _ in entries]
     files = [list_files([path]) for path in paths]
     named = [name for (name, _), path in zip(entries, paths)
              if path != name and name in SOURCES and "test" in SOURCES[name].splits]
     others = eval_datasets or ([] if eval_fraction else named)
-    eval_files = list_files([fetch(name, "test", cache_dir, conditional) for name in others])
+    eval_files = list_files([fetch(name, "test", cache_dir, form) for name in others])
 
     rows = tokenise(sum(files, []), encoder, cache_dir)
     rows.check_bad_rows(max_bad_rows)
@@ -387,10 +412,10 @@ def read_questions(encoder: ChatEncoder, rows: TokenisedRows, ids: Sequence[int]
             wanted.setdefault(int(rows.row_of[i]), []).append(i)
         for number, (_, row) in enumerate(itertools.islice(encoder.read(rows.files[file]), max(wanted) + 1)):
             for i in wanted.get(number, ()):
-                tokens, trained = rows[i]
+                tokens, trained, *_ = rows[i][0]
                 stop = np.flatnonzero(trained)[-1] + 1
                 start = np.flatnonzero(~trained[:stop])[-1] + 1  # the first token is never a target
-                asked = [message["content"] for message in to_conversation(row).messages[:rows.answers[i]]
+                asked = [message["content"] for message in encoder.read_row(row)[0].messages[:rows.answers[i]]
                          if message["role"] == "user"]
                 questions[i] = {"prompt_ids": tokens[:start].tolist(), "prompt": asked[-1] if asked else "",
                                 "expected": encoder.read_answer(tokens[start:stop].tolist()),

@@ -6,6 +6,7 @@ import datetime
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -24,13 +26,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from configs.base import changes
+from configs.base import Config, changes
 from fsdp_utils import failing_together, gather_all, is_finite, on_any_rank, say
 from model_utils import fingerprint
-from script import PARENT, handle_signals, timed
+from script import PARENT, RunError, handle_signals, timed
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunError):
     """What can't be written, read or resumed, in one line; raised on all ranks alike."""
 
 
@@ -94,6 +96,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def kept(file: Path, make: Callable[..., torch.Tensor], *args) -> np.ndarray:
+    """Returns the array that the file holds, or where it is not there, make(*args), which it holds from then on, whole.
+
+    All ranks must call it, and make(*args) must be the same on all.
+    """
+    if on_any_rank(file.exists()):
+        return np.load(file, mmap_mode="r")
+    array, partial = make(*args).cpu().numpy(), file.with_suffix(".partial.npy")
+    with failing_together(CheckpointError, f"{file}: can't be written"):
+        if dist.get_rank() == 0:
+            np.save(partial, array)
+            sync(partial)
+            partial.replace(file)
+    return array
 
 
 def lock(folder: Path):
@@ -248,6 +266,18 @@ class Progress:
         self.step, self.counter, self.skipped_steps = self.step + 1, self.counter + n_examples, self.skipped_steps + skipped
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
 
+    def check_skips(self, most: int, latest: Path | None, loader, n_examples: int) -> None:
+        """Raises RunError after the `most`th consecutive skipped step, of n_examples of the loader's."""
+        if self.consecutive_skips == most:
+            raise RunError(f"step {self.step}: the loss or the gradient is not finite, {most} consecutive steps; the last good "
+                           f"checkpoint: {latest}; the step's rows: {loader.row_names(self.counter - n_examples)}")
+
+    def check_loss(self, loss: float, latest: Path | None) -> None:
+        """Raises RunError where the loss after the last good step is not finite: what gives it is never saved."""
+        if not math.isfinite(loss):
+            raise RunError(f"step {self.step}: the loss is not finite after it, and nothing is saved: is lr too high? The last "
+                           f"good checkpoint: {latest}")
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints of a run's folder, or of its FINAL, or the folder itself, the one with the most steps last."""
@@ -344,12 +374,13 @@ def checksum(content: Path | dict) -> str:
 
 
 @timed("checkpoint")
-def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int,
-               allow_changes: bool, keep_last: int) -> tuple[Path | None, Progress]:
+def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int, allow_changes: bool, keep_last: int,
+               kind: type = Config) -> tuple[Path | None, Progress]:
     """Returns the checkpoint to go on from and how far it is: the run's own, or else the one given; or None and a start.
 
     All ranks must call it. Raises CheckpointError where there is none that is whole, or where it does not belong to this run,
-    whose `facts` are those that its checkpoints hold: the configuration, what identifies the rows, and the base's fingerprints.
+    whose `facts` are those that its checkpoints hold: the configuration, which is of this kind, what identifies the rows, and the
+    base's fingerprints.
     """
     own = list_checkpoints(run_dir)
     if from_checkpoint and own and Path(from_checkpoint).resolve().is_relative_to(run_dir.resolve()):
@@ -368,7 +399,7 @@ def find_start(run_dir: Path, from_checkpoint: str, facts: dict, n_examples: int
     if state["data"] != facts["data"]:
         contents.append("the rows: other files or weights, or tokenised by another tokenizer or version")
     moved = bool(contents) or "base" not in state  # an older version's checkpoint tells the base by its name alone
-    different = changes(state["config"], facts["config"], moved) + contents
+    different = changes(state["config"], facts["config"], moved, kind) + contents
     if different and not allow_changes:
         raise CheckpointError(f"{folder}: this run began differently: {'; '.join(different)}. Go back to that, choose another "
                               "exp_name, or set allow_changes=true")

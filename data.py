@@ -1,6 +1,7 @@
 """Token ids on the disk → batches: the token cache, packing, SFTDataLoader. It knows nothing of chats or files of rows."""
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import heapq
@@ -13,7 +14,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,44 +22,54 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from script import timed
+from script import RunError, timed
 
 IGNORE = -100  # the label of a token that is not a target, as in torch's cross-entropy
 
 
-class DataError(ValueError):
+class DataError(RunError, ValueError):
     """A file or a row that can't be used: one line that names the file, the line and the key."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The token cache: tokenised once, memory-mapped by every rank and by later runs
 
-# A column each; all but the first two have an entry for each example: its length and targets, the file, line and number in its
-# file of the row that it comes from, and which of the row's answers it ends with
-DTYPES = {"ids": np.int32, "trained": np.bool_, "lengths": np.int32, "targets": np.int32, "files": np.int32, "lines": np.int32,
-          "rows": np.int32, "answers": np.int32}
+# A column each. A document has in the first so many entries as tokens, and in the others one: its length and targets, the file,
+# line and number in its file of the row that it comes from, and which of the row's answers it ends with
+PER_TOKEN = {"ids": np.int32, "trained": np.bool_}
+PER_DOCUMENT = {name: np.int32 for name in ("lengths", "targets", "files", "lines", "rows", "answers")}
+DTYPES = PER_TOKEN | PER_DOCUMENT
 CHUNK = 256  # rows given to a worker at a time
 BYTES_FOR_WORKERS = 1 << 26  # starting more processes takes seconds; one tokenises by all cores too
 
 
 class TokenisedRows:
-    """Examples with at least one target, on disk: `rows[i]` → (ids, trained) as numpy arrays of equal length."""
+    """Examples on the disk: `rows[i]` → its documents, each a tuple of PER_TOKEN's columns as numpy arrays of equal length.
 
-    def __init__(self, folder: Path, files: list[Path]):
-        self.files, self.passed_over = files, []  # what lies beside them and is no file of rows, as far as is known
+    An example is one document, or what is trained together: of a preference, the chosen and the rejected answer in theirs.
+    lengths, targets   (examples, documents of each) int32
+    columns            {name: (examples, documents of each)} of what else a batch is to tell of its documents
+    """
+
+    def __init__(self, folder: Path, files: list[Path], n_documents: int = 1):
+        self.folder, self.files, self.n_documents = folder, files, n_documents
+        self.passed_over, self.columns = [], {}  # the former: what lies beside the files and is none, as far as is known
         self.counts, self.places = json.loads((folder / "counts.json").read_text())
         self.identity = folder.name  # a hash of all that the tokens follow from
         column = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in DTYPES.items()}
-        self.ids, self.trained, self.lengths, self.targets = (column[n] for n in ("ids", "trained", "lengths", "targets"))
-        self.lines, self.file_of, self.row_of, self.answers = (column[n] for n in ("lines", "files", "rows", "answers"))
+        self.tokens = [column[name] for name in PER_TOKEN]
+        of_documents = {name: column[name].reshape(-1, n_documents) for name in PER_DOCUMENT}
+        self.lengths, self.targets = of_documents["lengths"], of_documents["targets"]
+        self.lines, self.file_of, self.row_of, self.answers = (of_documents[name][:, 0]
+                                                               for name in ("lines", "files", "rows", "answers"))
         self.offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        start, stop = self.offsets[i], self.offsets[i + 1]
-        return self.ids[start:stop], self.trained[start:stop]
+    def __getitem__(self, i: int) -> list[tuple[np.ndarray, ...]]:
+        borders = self.offsets[i * self.n_documents:(i + 1) * self.n_documents + 1].tolist()
+        return [tuple(column[start:stop] for column in self.tokens) for start, stop in pairwise(borders)]
 
     def row_numbers(self) -> np.ndarray:
         """Returns for each example, (n,) int64, the row that it comes from, counted from 0 over all files."""
@@ -96,7 +107,7 @@ class Examples(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest of them, 0 if there are none."""
+        """The tokens of their longest document, 0 if there are none."""
         return int(self.rows.lengths[self.ids].max(initial=0))
 
 
@@ -104,10 +115,10 @@ class Examples(NamedTuple):
 def tokenise(files: list[Path], encoder, cache_dir: str) -> TokenisedRows:
     """Tokenises the files, or maps what an earlier run or another rank has tokenised. Raises DataError.
 
-    The encoder reads a file, encodes rows, and names by its `identity` all that this follows from. With the files' contents
-    that is the cache's name, so a stale one can't be picked up. It is built under another name and renamed when whole, so a
-    killed build is never taken for one. Ranks wait for each other on a file lock, outside any collective, whose timeout a
-    large data set would run into.
+    The encoder reads a file, encodes rows, to examples of n_documents documents, and names by its `identity` all that this
+    follows from. With the files' contents that is the cache's name, so a stale one can't be picked up. It is built under another
+    name and renamed when whole, so a killed build is never taken for one. Ranks wait for each other on a file lock, outside any
+    collective, whose timeout a large data set would run into.
     """
     files = [*map(Path, files)]
     name, n_bytes = name_cache(files, encoder)
@@ -128,7 +139,7 @@ def tokenise(files: list[Path], encoder, cache_dir: str) -> TokenisedRows:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{folder}: the token cache can't be written: {error.strerror}") from error
-    return TokenisedRows(folder, files)
+    return TokenisedRows(folder, files, encoder.n_documents)
 
 
 def name_cache(files: list[Path], encoder) -> tuple[str, int]:
@@ -347,16 +358,19 @@ class SFTDataLoader:
         target_labels                    (B, T) int64, the ids where they are targets and IGNORE elsewhere
         target_positions                 (N,) int64, the positions in the flattened labels of the N targets
         predicting_positions             (N,) int64, the positions in the flattened ids whose hidden states predict them
+        target_documents                 (N,) int64, which document each target is of, from 0
         position_ids                     (B, T) int64, from 0 in each document
         document_ends                    (documents + 1,) int32, if packed: 0, and where each document ends; else None
         longest                          tokens of the longest document
-        n_documents                      rows in this microbatch
+        n_documents                      documents in this microbatch, those of an example one after the other
+        examples                         (examples,) int64, which of the rows they are
         n_microbatches                   of this rank, and of each, in this step
         global_target_count              targets in the whole step, over all ranks and microbatches
         global_token_count               tokens in the whole step
         global_squared_lengths           sum of the rows' squared lengths in the whole step: what attention costs
-        n_examples                       rows in the whole step
-    Packed, B is 1 and the rows stand one after the other; otherwise they are padded on the right to the longest.
+        n_examples                       examples in the whole step
+    and by its name (documents,) of each of rows.columns, and (N,) at the targets of any further column of PER_TOKEN.
+    Packed, B is 1 and the documents stand one after the other; otherwise they are padded on the right to the longest.
     """
 
     def __init__(self, rows: TokenisedRows, ids: np.ndarray, n_examples: int, seed: int | None = None, accumulation: int = 1, *,
@@ -371,16 +385,23 @@ class SFTDataLoader:
 
     def microbatches(self, first: int) -> Iterator[dict]:
         """Yields those of the step whose first row is at `first` in the endless sequence of epochs."""
-        step_rows = self.rows_of_step(first)
-        lengths = self.rows.lengths[step_rows]
-        assign, collate = (pack, collate_packed) if self.packing else (batch_by_length, collate_padded)
-        mine = assign(lengths, self.microbatch_tokens, self.world_size * self.accumulation)[self.rank::self.world_size]
-        counts = {"global_target_count": int(self.rows.targets[step_rows].sum()),
+        step_rows, rows, multiple = self.rows_of_step(first), self.rows, self.world_size * self.accumulation
+        lengths = rows.lengths[step_rows]
+        if self.packing:
+            collate, bins = collate_packed, pack(lengths.sum(1), self.microbatch_tokens, multiple)
+        else:
+            collate, bins = collate_padded, batch_by_length(lengths.max(1), self.microbatch_tokens // rows.n_documents, multiple)
+        mine = bins[self.rank::self.world_size]
+        counts = {"global_target_count": int(rows.targets[step_rows].sum()),
                   "global_token_count": int(lengths.sum()), "n_examples": len(step_rows), "n_microbatches": len(mine),
                   "global_squared_lengths": int(np.square(lengths, dtype=np.int64).sum())}
+        nothing = (np.array([self.pad_id]), *(np.zeros(1, dtype) for dtype in [*PER_TOKEN.values()][1:]))
         for members in mine:
-            rows = [self.rows[row] for row in step_rows[members]] or [(np.array([self.pad_id]), np.array([False]))]
-            yield {**collate(rows, self.pad_id), **counts, "n_documents": len(members)}
+            examples = step_rows[members]
+            documents = [document for i in examples for document in rows[i]]
+            columns = {name: torch.from_numpy(column[examples].flatten()) for name, column in rows.columns.items()}
+            yield {**collate(documents or [nothing], self.pad_id), **columns, **counts, "n_documents": len(documents),
+                   "examples": torch.from_numpy(examples)}
 
     def rows_of_step(self, first: int) -> np.ndarray:
         """Returns the step's rows, (at most batch_size,) int64."""
@@ -390,36 +411,51 @@ class SFTDataLoader:
         return self.ids[np.concatenate([shuffled(positions[epochs == epoch], len(self.ids), [self.seed, epoch])
                                         for epoch in np.unique(epochs).tolist()])]
 
+    def rows_seen(self) -> np.ndarray:
+        """Returns which of the rows it comes by, sorted, each once."""
+        positions = np.arange(min(self.n_examples, len(self.ids)))
+        return np.unique(self.ids[positions if self.seed is None else shuffled(positions, len(self.ids), [self.seed, 0])])
+
+    def over(self, rows: TokenisedRows, ids: np.ndarray) -> "SFTDataLoader":
+        """Returns one of the same layout, which goes once through these rows, in order."""
+        other = copy.copy(self)
+        other.rows, other.ids, other.n_examples, other.seed, other.accumulation = rows, ids, len(ids), None, 1
+        return other
+
     def row_names(self, first: int) -> str:
         """Returns file:line of each of the step's rows."""
         return ", ".join(sorted(map(self.rows.where, self.rows_of_step(first))))
 
 
-def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict:
-    """Rows of (ids, trained) → one row of them all, one after the other."""
-    ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
-    trained = np.concatenate([trained for _, trained in rows])
-    lengths = np.array([len(ids) for ids, _ in rows])
+def collate_packed(documents: list[tuple[np.ndarray, ...]], pad_id: int) -> dict:
+    """Documents, tuples of PER_TOKEN's columns → one row of them all, one after the other."""
+    lengths = np.array([len(ids) for ids, *_ in documents])
     ends = np.concatenate([[0], lengths.cumsum()])
-    positions = np.arange(len(ids)) - ends[:-1].repeat(lengths)
-    return as_batch(ids[None], trained[None], np.ones((1, len(ids))), positions[None], lengths.max(), ends)
+    positions = np.arange(ends[-1]) - ends[:-1].repeat(lengths)
+    columns = [np.concatenate(column)[None] for column in zip(*documents)]
+    numbers = np.arange(len(documents)).repeat(lengths)
+    return as_batch(columns, np.ones((1, ends[-1])), positions[None], numbers, lengths.max(), ends)
 
 
-def collate_padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict:
-    """Rows of (ids, trained) → a row of a batch each, padded on the right."""
-    longest = max(len(ids) for ids, _ in rows)
-    ids = np.stack([np.pad(ids, (0, longest - len(ids)), constant_values=pad_id) for ids, _ in rows])
-    trained = np.stack([np.pad(trained, (0, longest - len(trained))) for _, trained in rows])
-    mask = np.stack([np.arange(longest) < len(ids) for ids, _ in rows])
-    return as_batch(ids, trained, mask, np.arange(longest)[None].repeat(len(rows), 0), longest, None)
+def collate_padded(documents: list[tuple[np.ndarray, ...]], pad_id: int) -> dict:
+    """Documents, tuples of PER_TOKEN's columns → a row of a batch each, padded on the right."""
+    lengths = np.array([len(ids) for ids, *_ in documents])
+    longest = lengths.max()
+    fillers = [pad_id, *[0] * (len(PER_TOKEN) - 1)]
+    columns = [np.stack([np.pad(part, (0, longest - len(part)), constant_values=filler) for part in column])
+               for column, filler in zip(zip(*documents), fillers)]
+    mask, positions = np.arange(longest) < lengths[:, None], np.arange(longest)[None].repeat(len(documents), 0)
+    return as_batch(columns, mask, positions, np.arange(len(documents)).repeat(longest), longest, None)
 
 
-def as_batch(ids, trained, mask, positions, longest, ends) -> dict:
+def as_batch(columns, mask, positions, documents, longest, ends) -> dict:
+    ids, trained, *others = columns
     targets = np.flatnonzero(trained)
     batch = {"target_combined_input_ids": ids, "target_combined_attention_mask": mask,
              "target_labels": np.where(trained, ids, IGNORE), "target_positions": targets,
-             "predicting_positions": targets - 1, "position_ids": positions}
+             "predicting_positions": targets - 1, "target_documents": documents[targets], "position_ids": positions}
     batch = {key: torch.from_numpy(array.astype(np.int64)) for key, array in batch.items()}
+    batch |= {name: torch.from_numpy(column.flatten()[targets]) for name, column in zip([*PER_TOKEN][2:], others)}
     return batch | {"document_ends": None if ends is None else torch.from_numpy(ends.astype(np.int32)), "longest": int(longest)}
 
 

@@ -29,10 +29,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from script import timed
+from script import RunError, timed
 
 
-class ModelError(ValueError):
+class ModelError(RunError, ValueError):
     """A model, tokenizer or adapter that can't be used: one line that names it."""
 
 

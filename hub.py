@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from script import one_line, timed
+from script import RunError, one_line, timed
 
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")  # as in HALOs; to be tokens of the tokenizer, or else they are spelt out
 
 
-class HubError(ValueError):
+class HubError(RunError, ValueError):
     """A data set that can't be had: one line that names it and says what would be right."""
 
 
@@ -161,6 +161,7 @@ SOURCES = {
                          options={"data_files": "alpaca_eval.json"}),
     "wildbench": Source("allenai/WildBench", {"test": "test"}, convert_wildbench, last_only=True, options={"name": "v2"}),
 }
+PAIRS = ("ultrabin", "oasst", "shp", "hh", "hh_helpful", "hh_harmless", "safe_rlhf")  # those with two answers to compare
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,12 +169,14 @@ SOURCES = {
 
 
 @timed("data")
-def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, root: str = "") -> str:
+def fetch(entry: str, split: str, cache_dir: str, form: str = "", root: str = "") -> str:
     """Returns the path of a .jsonl file with the rows of `entry`, which has no weight here; or a local path as it is.
 
     split        "train" or "test"; it goes for names, and for hub:owner/name
-    conditional  conditional SFT (Korbak et al. 2023), of names alone: answers begin with the good token, and the worse of two
-                 compared answers is a row too, with the bad one. As in HALOs, the token is a target like the answer
+    form         of names alone, whose better answers are taken else.
+                 "conditional": conditional SFT (Korbak et al. 2023): answers begin with the good token, and the worse of two
+                 compared answers is a row too, with the bad one. As in HALOs, the token is a target like the answer.
+                 "pairs": a row has the "chosen" and the "rejected" one, of rows whose answers are compared
     root         a folder in which to find owner/name, instead of the hub
     All ranks may call it: one writes, the others wait. Raises HubError.
     """
@@ -182,7 +185,9 @@ def fetch(entry: str, split: str, cache_dir: str, conditional: bool = False, roo
     if entry in SOURCES:
         if split not in SOURCES[entry].splits:
             raise HubError(f"{entry} has no {split} split, only {', '.join(SOURCES[entry].splits)}")
-        name, rows = f"{entry}-{split}{'-conditional' * conditional}", convert_rows(entry, split, conditional, root)
+        if form == "pairs" and entry not in PAIRS:
+            raise HubError(f"{entry} has no rejected answers; of the data sets by name {', '.join(PAIRS)} have")
+        name, rows = "-".join(filter(None, (entry, split, form))), convert_rows(entry, split, form, root)
     elif entry.startswith("hub:"):
         match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?::([\w.-]+))?", entry)
         if not match:
@@ -347,8 +352,8 @@ def drop_nulls(value):
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def convert_rows(name: str, split: str, conditional: bool, root: str) -> Iterator[dict]:
-    """Yields {"messages": [...]} of a data set in SOURCES; prints how many, and how many are dropped."""
+def convert_rows(name: str, split: str, form: str, root: str) -> Iterator[dict]:
+    """Yields {"messages": [...]} of a data set in SOURCES, or pairs, as fetch's `form` says; prints how many."""
     source, seen, counts = SOURCES[name], set(), Counter()
     path, options = os.path.join(root, source.repo), source.options
     if "data_files" in options:
@@ -358,15 +363,21 @@ def convert_rows(name: str, split: str, conditional: bool, root: str) -> Iterato
             conversations = source.convert(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise HubError(f"{name}: row {i} of {source.repo} is not of the form that hub.py knows: {error!r}") from error
-        for conversation, token in zip(conversations if conditional else conversations[:1], CONTROL_TOKENS):
-            messages = clean(conversation, source.last_only, token * conditional)
-            key = hashlib.sha256(repr(messages).encode()).digest()  # a good answer is in as many pairs as it was compared in
-            counts["misfits" if not messages else "repeated" if key in seen else "written"] += 1
-            if messages and key not in seen:
-                yield {"messages": messages}
+        tokens = CONTROL_TOKENS if form == "conditional" else ("", "")
+        rows = [clean(conversation, source.last_only, token) for conversation, token in zip(conversations, tokens)]
+        rows = [{"messages": messages} if messages else {} for messages in (rows if form else rows[:1])]
+        if form == "pairs":
+            whole = len(rows) == 2 and all(rows)
+            rows = [{"chosen": rows[0]["messages"], "rejected": rows[1]["messages"]} if whole else {}]
+        for row in rows:
+            key = hashlib.sha256(repr(row).encode()).digest()  # a good answer is in as many pairs as it was compared in
+            counts["misfits" if not row else "repeated" if key in seen else "written"] += 1
+            if row and key not in seen:
+                yield row
             seen.add(key)
-    print(f"{name}, {split}: {counts['written']} rows of {source.repo}; dropped: {counts['misfits']} that are no exchange of "
-          f"questions and answers, {counts['repeated']} repeated")
+    what = "are no pair of answers" if form == "pairs" else "are no exchange of questions and answers"
+    print(f"{name}, {split}: {counts['written']} rows of {source.repo}; dropped: {counts['misfits']} that {what}, "
+          f"{counts['repeated']} repeated")
     if not counts["written"]:
         raise HubError(f"{name}: no row of {source.repo} is left")
 

@@ -1,6 +1,7 @@
 """What a run writes and shows: metrics.jsonl, the progress bar, trackers, the example at its start, the summary at its end."""
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -12,21 +13,22 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 
 from data import Examples, TokenisedRows
-from fsdp_utils import is_of_another, say
+from fsdp_utils import end_process, is_of_another, say
 from model_utils import PLAIN_TEMPLATE
-from script import PARTS, STARTED, one_line
+from script import PARTS, STARTED, RunError, fail, one_line
 
 
-class LogError(Exception):
+class LogError(RunError):
     """A tracker that can't be used, in one line."""
 
 
@@ -275,6 +277,22 @@ def describe_start() -> str:
     return f"start: {whole:.1f} s: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
 
 
+def run(main: Callable, config) -> None:
+    """Calls main(config) and ends the process, whatever comes: all that goes wrong is told last, and once."""
+    gc.freeze()  # what the imports have made need not be looked through: tokenising takes an eighth less
+    gc.enable()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        main(config)
+    except (RunError, OSError) as error:
+        fail(error, end_process)
+    except Exception as error:
+        text, wait = explain(error, config.timeout_minutes)
+        fail(text, end_process, wait)
+    end_process()
+
+
 def explain(error: Exception, timeout_minutes: float) -> tuple[str, float]:
     """Returns what to say of an error that no code foresees, and for how many seconds other ranks may speak before.
 
@@ -294,7 +312,8 @@ def show_examples(tokenizer, rows: TokenisedRows, most: int = 3) -> list[str]:
     for name in [name for name in rows.places if name.startswith("shown: ")][:most]:
         file, line = rows.places[name]
         i = np.flatnonzero((rows.file_of == file) & (rows.lines == line))[-1]
-        shown.append(show_example(tokenizer, *rows[i], f"{name.removeprefix('shown: ')}, {rows.where(i)}"))
+        shown += [show_example(tokenizer, ids, trained, f"{name.removeprefix('shown: ')}, {rows.where(i)}")
+                  for ids, trained, *_ in rows[i]]
     return shown
 
 

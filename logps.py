@@ -6,10 +6,11 @@ import math
 import torch
 
 
-def target_logps(model, batch: dict, fuse: bool = False) -> tuple[torch.Tensor, torch.Tensor | float]:
+def target_logps(model, batch: dict, uniform: bool = True, fuse: bool = False) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Returns (log p(target | the tokens before it), (N,) fp32; the microbatch's share of a mixture's load balancing loss).
 
-    `batch` is SFTDataLoader's; only its predicting_positions are projected to the vocabulary. `fuse` is linear_logps'.
+    `batch` is SFTDataLoader's; only its predicting_positions are projected to the vocabulary. `uniform`, which a loss
+    that weighs targets differently must switch off, and `fuse` are linear_logps'.
     The second is router_aux_loss_coef times balance_loss, where the model's configuration sets output_router_logits, else 0.0.
     A method of the model, so that FSDP2 gathers the head's weight for it as it does for a forward.
     """
@@ -30,7 +31,7 @@ def target_logps(model, batch: dict, fuse: bool = False) -> tuple[torch.Tensor, 
         hidden = output.last_hidden_state.flatten(0, 1)[batch["predicting_positions"]]
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        logps = linear_logps(hidden, weight_of(head), labels, head.bias, scale, softcap, uniform=True, fuse=fuse)
+        logps = linear_logps(hidden, weight_of(head), labels, head.bias, scale, softcap, uniform, fuse)
     if not (getattr(config, "output_router_logits", False) and config.router_aux_loss_coef and batch["n_documents"]):
         return logps, 0.0
     router_logits = torch.stack(output.router_logits)

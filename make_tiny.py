@@ -16,7 +16,7 @@ import sentencepiece
 from script import Options, fail, one_line
 
 OUT = Path(".cache/tiny-data")
-N_TRAIN, N_TEST = 24_000, 256
+N_TRAIN, N_TEST, N_PAIRS = 24_000, 256, 4_000
 CAPITALS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
           "december"]
@@ -82,6 +82,13 @@ def make_rows(n_train: int, n_test: int, seed: int = 0) -> tuple[list[dict], lis
     return [row for row in rows[n_test:] if row["prompt"] not in held_out], test
 
 
+def make_pairs(rows: list[dict]) -> list[dict]:
+    """Returns preferences for just two characters of longer answers: to the whole, and in every other pair to the first alone."""
+    longer = [row for row in rows if len(row["completion"].split()[0]) > 2]
+    return [{"skill": row["skill"], "prompt": row["prompt"], "chosen": row["completion"][:2],
+             "rejected": row["completion"][:1] if i % 2 else row["completion"]} for i, row in enumerate(longer)]
+
+
 def train_tokenizer(rows: list[dict], folder: Path) -> None:
     """Writes a sentencepiece tokenizer: a token for each word of the instructions, each capital and each digit."""
     words = sorted({word for row in rows for word in f"{row['prompt']} {row['completion']}".split() if word.islower()})
@@ -99,7 +106,8 @@ def main() -> None:
     train, test = make_rows(N_TRAIN, N_TEST)
     try:
         OUT.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("train", train), ("test", test)):
+        pairs, test_pairs = make_pairs(train[:N_PAIRS]), make_pairs(test)
+        for name, rows in (("train", train), ("test", test), ("pairs", pairs), ("test-pairs", test_pairs)):
             (OUT / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         train_tokenizer(train, OUT)
     except (OSError, RuntimeError) as error:  # the latter is sentencepiece's

@@ -1,6 +1,7 @@
 """The model as transformers has it: tokenizer, weights read by slices, generation, attention over packed documents."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -8,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
+from configs.base import ModelConfig
 from fsdp_utils import ModelError, failing_together, find_blocks, gather_all, is_finite
 from logps import target_logps
-from lora import NEW_ROWS, add_lora
+from lora import NEW_ROWS, add_lora, load_adapter
 from script import one_line, timed
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -159,6 +161,20 @@ def set_up(model, tokenizer, stop_ids: list[int], old_size: int, fuse: bool):
     model.n_new_rows = model.get_input_embeddings().num_embeddings - old_size  # of its embeddings, for tokens new to it
     model.own_attention = model.config._attn_implementation
     return model
+
+
+def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: str, device: torch.device,
+               load: Callable = load_model):
+    """Returns the model to train, with adapters if they are what is trained; to be sharded, and then filled by load_weights."""
+    # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
+    model = load(config.load_from or config.name_or_path, None if config.load_from else config.random_init, tokenizer, stop_ids,
+                 cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
+                 fuse=config.compile and device.type == "cuda")
+    if config.load_lora_from:
+        load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.n_new_rows)
+    elif config.use_peft:
+        add_lora(model, **dataclasses.asdict(config.peft), n_new_rows=model.n_new_rows)
+    return model.train()
 
 
 def make_new_model(description: dict, tokenizer, dtype: torch.dtype):

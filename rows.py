@@ -27,6 +27,7 @@ QUESTION = ("instruction", "question", "query", "prompt", "inputs")
 INPUT = ("input", "context")
 ANSWER = ("output", "response", "answer", "completion", "targets")
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+CHOSEN, REJECTED = ("chosen", "chosen_response"), ("rejected", "rejected_response")
 # and of a message's
 ROLE, CONTENT, THOUGHT = ("role", "from"), ("content", "value", "text"), ("reasoning_content", "reasoning", "thinking")
 ARGUMENTS = ("arguments", "parameters")  # of a call
@@ -36,7 +37,7 @@ ROLES = {**{role: role for role in ("system", "developer", "user", "assistant", 
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 # What is no mere note, but would be lost where it is not read
 OTHER_MEANINGS = {
-    **dict.fromkeys(("chosen", "rejected"), "preferences are for dpo.py"),
+    **dict.fromkeys((*CHOSEN, *REJECTED), "preferences are for dpo.py"),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained here"),
     **dict.fromkeys(("label", "kto_tag"), "judged answers are for KTO, not for supervised training"),
     "loss_weight": "an answer is trained or not: weight 1 or 0, or train true or false, in its message"}
@@ -225,6 +226,55 @@ def to_conversation(row: object, answered: bool = True) -> Conversation:
     before = [message for message in messages[:first] if message["role"] in ("system", "developer")]
     n_left_out = sum(message["role"] == "assistant" for message in messages[:first])
     return Conversation(before + messages[first:], tools, None, unread | set(rest), n_left_out)
+
+
+def only_conversation(row: object) -> list[Conversation]:
+    return [to_conversation(row)]
+
+
+def to_pair(row: object) -> list[Conversation]:
+    """A preference → [the conversation with the chosen answer, the one with the rejected]; only these two are trained.
+
+    {"chosen", "rejected"} are conversations; or answers, texts or messages, to what the row asks by the keys of an exchange, of
+    which a conversation may begin with the same question. HALOs says {"output_A", "output_B", "label": is A chosen}.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, not {shown(row)}")
+    rest = {key: value for key, value in row.items() if value is not None}
+    if {"output_A", "output_B", "label"} <= rest.keys():
+        answers = [rest.pop("output_A"), rest.pop("output_B")]
+        rest["chosen"], rest["rejected"] = answers if rest.pop("label") else reversed(answers)
+    (chosen_key, chosen), (rejected_key, rejected) = take_named(rest, CHOSEN), take_named(rest, REJECTED)
+    if not chosen_key or not rejected_key:
+        raise ValueError(f"the keys {sorted(row)} are no pair: chosen and rejected are, with a prompt or as messages")
+    pair = []
+    for key, answer in ((chosen_key, chosen), (rejected_key, rejected)):
+        pair.append(join(rest, key, answer))
+        if not pair[-1].messages or pair[-1].messages[-1]["role"] != "assistant":
+            raise ValueError(f"{key} must end with an answer")
+        for message in pair[-1].messages[:-1]:
+            message["train"] = False
+    if pair[0].messages[:-1] != pair[1].messages[:-1]:
+        raise ValueError(f"{chosen_key} and {rejected_key} must answer the same messages")
+    return pair
+
+
+def join(rest: dict, key: str, answer: object) -> Conversation:
+    """What a row asks, if it does, and one of its answers, under `key` → the conversation."""
+    asks, row = any(name in rest for name in QUESTION), {name: value for name, value in rest.items() if name not in MESSAGES}
+    whole = isinstance(answer, list) and any(isinstance(it, dict) and ROLES.get(take(dict(it), ROLE)) == "user" for it in answer)
+    if not whole and not asks:
+        raise ValueError(f"{key} must be messages that begin with a question, or the row needs a prompt")
+    if not whole:
+        return to_conversation({**row, "completion": answer})
+    unasked = {name: row[name] for name in row if not asks or name not in QUESTION + INPUT}
+    conversation = to_conversation({**unasked, "messages": answer})
+    if asks:
+        asked = to_conversation(row, answered=False).messages
+        said = [message["content"] for message in conversation.messages]
+        if [message["content"] for message in asked] != said[:len(asked)]:
+            raise ValueError(f"{key} must begin with the messages that the row asks, or be the answer to them")
+    return conversation
 
 
 def take_named(rest: dict, names: tuple[str, ...]) -> tuple[str, object]:

@@ -16,6 +16,10 @@ STARTED, PARENT = time.perf_counter(), os.getppid()  # a script imports this fil
 PARTS = {}  # of this process's start: seconds by name
 
 
+class RunError(Exception):
+    """What ends a run, told in a line."""
+
+
 @contextlib.contextmanager
 def timed(part: str) -> typing.Iterator[None]:
     """Adds the seconds of the block, or of each call of the function that it decorates, to those of a part of the start."""

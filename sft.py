@@ -4,37 +4,31 @@
     python sft.py --help    # every key of the configuration
 """
 
-import gc
-
-from configs.base import Config, ModelConfig, read_command_line
-from hub import CONTROL_TOKENS, HubError, check_access
-from script import fail
+from configs.base import Config, read_command_line
+from hub import CONTROL_TOKENS, check_access
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
     config = read_command_line(check_access)
-    gc.disable()  # it would look through what the imports make, hundreds of times: a fifth of their time
 
 import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import nn
 from tqdm import tqdm
 
 from chat import ChatEncoder, answer, load_examples, read_questions
-from checkpoint import CheckpointError, Progress, catch_signals, find_start, is_done, load_checkpoint, lock, save_latest, started
-from data import IGNORE, DataError, SFTDataLoader, step_seed, to_device
+from checkpoint import catch_signals, find_start, is_done, load_checkpoint, lock, save_latest, started
+from data import IGNORE, SFTDataLoader, step_seed, to_device
 from export import export_model
-from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, say, shard_model
-from log import Log, LogError, count_flops, describe_data, describe_run, describe_start, explain
-from lora import add_lora, load_adapter
-from model_utils import ModelError, check_model, compute_dtype, fingerprints, load_model, load_tokenizer, load_weights
+from fsdp_utils import accumulate, all_reduce_means, clip_gradients, init_processes, make_mesh, say, shard_model
+from log import Log, count_flops, describe_data, describe_run, describe_start, run
+from model_utils import check_model, compute_dtype, fingerprints, load_tokenizer, load_weights, make_model
 from trial import check_gradients, in_mode, try_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,44 +86,17 @@ def make_optimizer(model: nn.Module, lr: float, betas: tuple[float, float], eps:
 
 
 @torch.no_grad()
-def eval_metrics(model: nn.Module, loader: SFTDataLoader, device: torch.device) -> dict[str, float]:
-    """Returns the exact mean of each metric over the loader's rows, on every rank."""
+def eval_metrics(model: nn.Module, batches: Iterable[dict], device: torch.device) -> dict[str, float]:
+    """Returns the exact mean of each metric over the microbatches' rows, on every rank."""
     sums = {}
-    model.eval()
-    with tqdm(total=loader.n_examples, desc="evaluating", unit=" rows", leave=False, disable=dist.get_rank() > 0) as bar:
-        for batch in loader:
-            batch = to_device(batch, device)
-            accumulate(sums, get_batch_metrics(model, batch, "eval", batch["global_target_count"])[1])
-            bar.update(batch["n_examples"] // batch["n_microbatches"])
-    model.train()
+    with in_mode(model, training=False):
+        for batch in tqdm(batches, "evaluating", unit=" microbatches", leave=False, disable=dist.get_rank() > 0):
+            accumulate(sums, get_batch_metrics(model, to_device(batch, device), "eval", batch["global_target_count"])[1])
     return all_reduce_means(sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-class TrainingError(Exception):
-    """A run that can't go on."""
-
-
-def check_skips(at: Progress, most: int, latest: Path | None, loader: SFTDataLoader, n_examples: int) -> None:
-    """Raises TrainingError after the `most`th consecutive skipped step, of n_examples."""
-    if at.consecutive_skips == most:
-        raise TrainingError(f"step {at.step}: the loss or the gradient is not finite, {most} consecutive steps; the last good "
-                            f"checkpoint: {latest}; the step's rows: {loader.row_names(at.counter - n_examples)}")
-
-
-@torch.no_grad()
-def check_weights(model: nn.Module, batch: dict | None, step: int, latest: Path | None) -> None:
-    """Raises TrainingError where what the last good step has left gives its `batch` no finite loss: that is never saved."""
-    if not batch:
-        return
-    with in_mode(model, training=False):
-        _, metrics = get_batch_metrics(model, batch, "train", 1)
-    if not math.isfinite(all_reduce_means(metrics)["loss/train"]):
-        raise TrainingError(f"step {step}: the loss is not finite after it, and nothing is saved: is lr too high? The last good "
-                            f"checkpoint: {latest}")
 
 
 def make_encoder(config: Config, run_dir: Path) -> ChatEncoder:
@@ -139,20 +106,6 @@ def make_encoder(config: Config, run_dir: Path) -> ChatEncoder:
     check_model(dataclasses.asdict(model), tokenizer, config.cache_dir)  # before anything is made
     return ChatEncoder(tokenizer, model.max_length, model.max_prompt_length, config.last_answer_only, model.template_kwargs,
                        started(run_dir))
-
-
-def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: str, device: torch.device,
-               load: Callable = load_model) -> nn.Module:
-    """Returns the model to train, with adapters if they are what is trained; to be sharded, and then filled by load_weights."""
-    # A frozen base is kept in the precision it computes in; what is trained is fp32 in any case.
-    model = load(config.load_from or config.name_or_path, None if config.load_from else config.random_init, tokenizer, stop_ids,
-                 cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
-                 fuse=config.compile and device.type == "cuda")
-    if config.load_lora_from:
-        load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.n_new_rows)
-    elif config.use_peft:
-        add_lora(model, **dataclasses.asdict(config.peft), n_new_rows=model.n_new_rows)
-    return model.train()
 
 
 def make_model_and_optimizer(config: Config, encoder: ChatEncoder, longest: int, device: torch.device, latest: Path | None):
@@ -175,7 +128,8 @@ def main(config: Config) -> None:
     locked = lock(run_dir) if os.environ.get("RANK", "0") == "0" else None  # noqa: F841 (it is held as long as it has a name)
     # Before the processes join: a large data set may take longer to fetch and tokenise than a collective may take.
     train, held_out, data_id = load_examples(encoder, config.datasets, config.eval_datasets, config.eval_fraction,
-                                             config.conditional, config.seed, config.cache_dir, config.max_bad_rows)
+                                             "conditional" * config.conditional, config.seed, config.cache_dir,
+                                             config.max_bad_rows)
     n_examples, eval_ids = config.n_examples or config.n_epochs * len(train.ids), held_out.ids[:config.n_eval_examples]
     questions = read_questions(encoder, held_out.rows, eval_ids[:config.n_eval_answers])
     facts = {"config": settings, "data": data_id, "base": fingerprints(settings["model"], config.cache_dir)}
@@ -198,7 +152,8 @@ def main(config: Config) -> None:
             stop = at.step < n_steps and must_end()
             if at.step > first and at.may_be_saved(n_examples) and (stop or at.is_due(config.save_every, n_examples, batch_size)):
                 with log.pause("saving"):
-                    check_weights(model, last, at.step, latest)
+                    if last:
+                        at.check_loss(eval_metrics(model, [last], device)["loss/eval"], latest)
                     latest = save_latest(run_dir, vars(at) | facts, model, optimizer, latest, config.keep_last,
                                          config.stop_if_save_fails)
             if stop:
@@ -214,20 +169,18 @@ def main(config: Config) -> None:
             if at.step == n_steps:
                 break
             torch.manual_seed(step_seed(config.seed, at.step, rank))
-            sums = {}
+            sums, lr = {}, get_lr(at.step + 1, n_steps, config.warmup, config.lr)
             for i, batch in enumerate(loader.microbatches(at.counter), 1):
                 if stop := i > 1 and must_end():
                     break
                 model.set_requires_all_reduce(i == batch["n_microbatches"])  # over replicas gradients are summed once a step
-                batch = to_device(batch, device)
-                loss, metrics = get_batch_metrics(model, batch, "train", batch["global_target_count"])
+                loss, metrics = get_batch_metrics(model, to_device(batch, device), "train", batch["global_target_count"])
                 loss.backward()
                 accumulate(sums, metrics)
                 log.add_microbatch(batch)
             if stop:  # a step may take longer than there is time: what is computed of it is dropped
                 optimizer.zero_grad()
                 continue
-            lr = get_lr(at.step + 1, n_steps, config.warmup, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             grad_norm = clip_gradients(model.parameters(), config.model.max_grad_norm).item()
@@ -239,21 +192,10 @@ def main(config: Config) -> None:
             optimizer.zero_grad()
             at.advance(batch["n_examples"], skipped)
             log.add_step(at.step, at.counter, at.skipped_steps, lr, grad_norm, means, batch)
-            check_skips(at, config.max_skipped_steps, latest, loader, batch["n_examples"])
+            at.check_skips(config.max_skipped_steps, latest, loader, batch["n_examples"])
         export_model(run_dir / "FINAL", model, encoder.tokenizer, n_steps, log.last, settings, merged=True, checkpoint=latest)
     say(log.summary(questions, answers, run_dir / "FINAL"))
 
 
 if __name__ == "__main__":
-    gc.freeze()  # nor need it look through that later: tokenising takes an eighth less
-    gc.enable()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        main(config)
-    except (DataError, HubError, ModelError, CheckpointError, LogError, TrainingError, OSError) as error:
-        fail(error, end_process)
-    except Exception as error:
-        text, wait = explain(error, config.timeout_minutes)
-        fail(text, end_process, wait)
-    end_process()
+    run(main, config)

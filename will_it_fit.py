@@ -36,7 +36,17 @@ from fake_gpu import DEVICE, META, FakeGPU, fake_gpu
 from fsdp_utils import ModelError, clip_gradients, gather_in_parts, make_mesh, shard_model
 from hub import CONTROL_TOKENS, access_problem
 from log import PEAK_FLOPS, count_flops
-from model_utils import Unallocated, compute_dtype, generate, grow, load_tokenizer, make_new_model, make_outline, set_up
+from model_utils import (
+    Unallocated,
+    compute_dtype,
+    generate,
+    grow,
+    load_tokenizer,
+    make_model,
+    make_new_model,
+    make_outline,
+    set_up,
+)
 from trial import enable_packing
 
 GIB = 2 ** 30
@@ -79,8 +89,8 @@ class NoTokenizer:
         return 0
 
 
-def make_model(config: Config, gpu: FakeGPU):
-    """Returns the model as sft.make_model does, but without memory for its weights."""
+def make_unallocated(config: Config, gpu: FakeGPU):
+    """Returns the model as make_model does, but without memory for its weights."""
     wanted = config.model
     try:
         tokenizer = load_tokenizer(wanted.tokenizer_name_or_path or wanted.name_or_path, config.cache_dir,
@@ -89,7 +99,7 @@ def make_model(config: Config, gpu: FakeGPU):
         tokenizer = NoTokenizer()
     gpu.meta_means = META
     with gpu.device, Unallocated():
-        model = sft.make_model(wanted, tokenizer, [], config.cache_dir, gpu.device, load_outline)
+        model = make_model(wanted, tokenizer, [], config.cache_dir, gpu.device, load_outline)
     gpu.meta_means = gpu.device
     return model
 
@@ -150,7 +160,7 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
 
     with fake_gpu(n_ranks, device) as gpu, parts_named(gpu):
         with phase("loading", "weights"):
-            model = make_model(config, gpu)
+            model = make_unallocated(config, gpu)
             shard_model(model, make_mesh(device, wanted.replicas), "target_logps", dtype=compute_dtype(device),
                         recompute=wanted.activation_checkpointing, offload=wanted.cpu_offload)
             optimizer = sft.make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)

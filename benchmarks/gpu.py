@@ -74,12 +74,13 @@ class Documents:
 
     def __init__(self, n: int, vocabulary: int, longest: int):
         rng = np.random.default_rng(0)
-        self.lengths = rng.lognormal(np.log(longest / 4) - 0.32, 0.8, n).astype(int).clip(min=8, max=longest)
+        self.n_documents, self.columns = 1, {}
+        self.lengths = rng.lognormal(np.log(longest / 4) - 0.32, 0.8, (n, 1)).astype(int).clip(min=8, max=longest)
         self.targets = self.lengths - np.round(0.4 * self.lengths).astype(int)
-        self.ids = [(vocabulary * rng.random(length) ** 3).astype(np.int32) for length in self.lengths]
+        self.ids = [(vocabulary * rng.random(length) ** 3).astype(np.int32) for length in self.lengths[:, 0]]
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.ids[i], np.arange(self.lengths[i]) >= self.lengths[i] - self.targets[i]
+    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self.ids[i], np.arange(self.lengths[i, 0]) >= self.lengths[i] - self.targets[i])]
 
 
 def make_config(args, shape: dict, rows: int, lr: float = 2e-5, **settings) -> Config:

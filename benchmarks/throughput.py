@@ -99,7 +99,7 @@ def make_padded(args, device):
         indices = range(i * args.batch_size, (i + 1) * args.batch_size)
         n_targets = int(rows.targets[list(indices)].sum())
         for start in range(0, args.batch_size, args.rows):
-            part = [rows[index] for index in indices[start:start + args.rows]]
+            part = [rows[index][0] for index in indices[start:start + args.rows]]
             ids, labels = torch.full((2, len(part), args.max_length), tokenizer.pad_token_id)
             labels.fill_(-100)
             mask = torch.zeros_like(ids)

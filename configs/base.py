@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import gc
 import importlib.util
 import json
 import math
@@ -33,6 +34,7 @@ ANY = ("", lambda value: True)
 DTYPE = ("float32, bfloat16 or float16", lambda value: value in ("", "float32", "bfloat16", "float16"))
 ABOVE_0 = ("above 0, and in the range of fp32", lambda value: 1e-37 <= value <= 3e38)
 NOT_NEGATIVE = ("0 or more, and in the range of fp32", lambda value: 0 <= value <= 3e38)
+BELOW_HALF = ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 COUNT, COUNT_OR_0, FEW = between(1, 10 ** 12), between(0, 10 ** 12), between(1, 10 ** 6)
 LENGTH = between(2, 10 ** 12)
@@ -126,6 +128,15 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
+@dataclass(slots=True)
+class DPOConfig(Config):
+    """dpo.py's."""
+
+    beta: float = knob(0.1, ABOVE_0, FIXED, "how closely the model is held to the one it starts from; more is closer")
+    label_smoothing: float = knob(0.0, BELOW_HALF, FIXED, "the part of the pairs whose answers are taken to be mixed up")
+    loss: str = knob("sigmoid", ("sigmoid or ipo", lambda value: value in ("sigmoid", "ipo")), FIXED, "DPO's own, or IPO's")
+
+
 SWITCHES = {"model.peft.": "model.use_peft", "wandb.project": "wandb.enabled"}  # without which a key given is of no use
 
 
@@ -164,7 +175,7 @@ def check(config: Config, world_size: int) -> list[str]:
             'model.random_init needs a "model_type", as in {"model_type": "llama", "hidden_size": 128}')
     require(not model.random_init or model.name_or_path or model.tokenizer_name_or_path,
             "model.tokenizer_name_or_path is required where model.random_init describes the model")
-    for key, (item, _) in knobs(Config):
+    for key, (item, _) in knobs(type(config)):
         (text, holds), value = item.metadata["bounds"], get_key(config, key)
         if value is not None and not holds(value):
             errors.append(f"{key}={brief(value)} must be {text}")
@@ -227,13 +238,14 @@ def missing_files(config: Config) -> list[str]:
     return errors
 
 
-def changes(then: dict, now: dict, moved: bool = False) -> list[str]:
-    """Returns a line for each key whose change alters a run that began with the configuration `then`; both as asdict gives them.
+def changes(then: dict, now: dict, moved: bool = False, kind: type[Config] = Config) -> list[str]:
+    """Returns a line for each key whose change alters a run that began with the configuration `then`; both as asdict gives them,
+    of this kind.
 
     A key that `then` does not know had its default: an older version began the run. `moved` tells of what has another name too.
     """
     lines = []
-    for key, (item, _) in knobs(Config):
+    for key, (item, _) in knobs(kind):
         old, new = then, now
         for name in key.split("."):
             old, new = old.get(name, default_of(item)) if isinstance(old, dict) else default_of(item), new[name]
@@ -244,7 +256,7 @@ def changes(then: dict, now: dict, moved: bool = False) -> list[str]:
 
 def expand_homes(config: Config) -> None:
     """Puts the user's folder in the place of a leading ~, which a shell does not do behind an equals sign."""
-    for key, _ in knobs(Config):
+    for key, _ in knobs(type(config)):
         value = get_key(config, key)
         if isinstance(value, str):
             set_key(config, key, os.path.expanduser(value))
@@ -252,8 +264,10 @@ def expand_homes(config: Config) -> None:
             set_key(config, key, [os.path.expanduser(item) for item in value])
 
 
-def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[Config], list[str]] | None = None) -> Config:
-    """`["--config", "configs/llama.py", "lr=1e-5", ...]` → a checked Config. Raises ConfigError with all that is wrong.
+def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[Config], list[str]] | None = None,
+                *kinds: type[Config]) -> Config:
+    """`["--config", "configs/llama.py", "lr=1e-5", ...]` → a checked Config, or one of other kinds. Raises ConfigError with all
+    that is wrong.
 
     more_checks returns what else is wrong with it, one line each.
     """
@@ -281,11 +295,12 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
         raise
     except BaseException as error:  # whatever the file does wrong, be it to exit, the user is told which file
         raise ConfigError("\n".join([f"--config {path}: {type(error).__name__}: {one_line(error)}", *errors])) from error
-    if not isinstance(config, Config):
-        raise ConfigError("\n".join([f"--config {path}: the file must set `config = Config(...)`", *errors]))
+    if type(config) not in (kinds or [Config]):
+        names = " or ".join(f"`config = {kind.__name__}(...)`" for kind in kinds or [Config])
+        raise ConfigError("\n".join([f"--config {path}: the file must set {names}", *errors]))
 
     config = copy.deepcopy(config)  # a file may take over another one's, which Python keeps for the next load
-    known, wrong_types = dict(knobs(Config)), list(wrong_values(config))
+    known, wrong_types = dict(knobs(type(config))), list(wrong_values(config))
     errors += [f"{path}: {line}" for line in wrong_types]
     for key, text in overrides.items():
         if key not in known:
@@ -309,26 +324,27 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
     return config
 
 
-def read_command_line(more_checks: typing.Callable[[Config], list[str]]) -> Config:
+def read_command_line(more_checks: typing.Callable[[Config], list[str]], kind: type[Config] = Config) -> Config:
     """Returns what the script's arguments ask for, or ends the process: by --help, or with all that is wrong with them."""
     if {"--help", "-h"} & set(sys.argv):
         with contextlib.suppress(BrokenPipeError):
-            print(usage(), flush=True)
+            print(usage(kind), flush=True)
         os._exit(0)  # Python itself would complain of the pipe that `head` has closed
     handle_signals(end_early)
+    gc.disable()  # else it looks through what the imports make, hundreds of times: a fifth of their time; log.run enables it
     try:
-        return load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), more_checks)
+        return load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), more_checks, kind)
     except ConfigError as error:
         fail(error)
     finally:
         PARTS["configuration"] = time.perf_counter() - STARTED
 
 
-def usage() -> str:
+def usage(kind: type[Config] = Config) -> str:
     """Returns every key with its default, type and meaning."""
     script = os.path.basename(sys.argv[0])
     lines = [f"torchrun --nproc_per_node=N {script} --config configs/FILE.py [key=value ...]", ""]
-    for key, (item, hint) in knobs(Config):
+    for key, (item, hint) in knobs(kind):
         meaning, (bounds, _) = item.metadata["meaning"], item.metadata["bounds"]
         shown = "required" if meaning.startswith("required") else json.dumps(default_of(item))
         lines += [f"  {key} = {shown}  ({', '.join(filter(None, (type_name(hint), bounds)))})",

@@ -21,6 +21,8 @@ from data import DTYPES, DataError, tokenise
 class LineEncoder:
     """"3 4 7" → the ids 3, 4, 7, of which the odd ones are targets; "3 4 | 5 7" → two examples; "bad idea" → a bad row."""
 
+    n_documents = 1
+
     def __init__(self, identity: str = "lines"):
         self.identity, self.rows_left, self.victim = identity, 0, 0
 

@@ -883,7 +883,7 @@ def test_a_run_goes_on_with_as_many_bad_rows_as_are_allowed(tmp_path, where):
     names = {"datasets": [str(good)], "eval_datasets": []} | {where: [str(bad)]}
 
     def load(**options):
-        return load_examples(make_encoder(), **names, eval_fraction=0.0, conditional=False, seed=1, cache_dir=str(tmp_path),
+        return load_examples(make_encoder(), **names, eval_fraction=0.0, form="", seed=1, cache_dir=str(tmp_path),
                              **options)
 
     train, held_out, _ = load()  # 2 of 200 are the hundredth that is allowed if nothing is said
@@ -1046,9 +1046,9 @@ def test_every_row_knows_where_it_comes_from(tmp_path):
     assert [rows.where(i) for i in range(len(rows))] == [f"{a}:2", f"{a}:4", f"{b}:{starts[1]}", f"{b}:{starts[2]}"]
     assert rows.row_of.tolist() == [0, 2, 1, 2] and rows.answers.tolist() == [-1] * 4
     for i, source in enumerate(sources):
-        ids, trained = rows[i]
-        assert ids.tolist() == sequence_of(CHATML, chat(*source)) and len(ids) == len(trained) == rows.lengths[i]
-        assert trained.sum() == rows.targets[i] == len(ids_of(CHATML, source[1])) + 1
+        (ids, trained), = rows[i]
+        assert ids.tolist() == sequence_of(CHATML, chat(*source)) and len(ids) == len(trained) == rows.lengths[i, 0]
+        assert trained.sum() == rows.targets[i, 0] == len(ids_of(CHATML, source[1])) + 1
 
 
 def test_a_row_is_numbered_in_its_file_across_chunks(tmp_path):
@@ -1091,11 +1091,11 @@ def task(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(datasets: list[str], eval_datasets: Sequence[str] = (), eval_fraction: float = 0.0, conditional: bool = False,
+def load(datasets: list[str], eval_datasets: Sequence[str] = (), eval_fraction: float = 0.0, form: str = "",
          seed: int = 1, encoder: ChatEncoder | None = None):
     """load_examples, but the file of each example instead of its index; and the indices as sets."""
     encoder = encoder or make_encoder()
-    train, held_out, identity = load_examples(encoder, datasets, eval_datasets, eval_fraction, conditional, seed, "cache")
+    train, held_out, identity = load_examples(encoder, datasets, eval_datasets, eval_fraction, form, seed, "cache")
     names = [Counter(str(part.rows.files[part.rows.file_of[i]]) for i in part.ids) for part in (train, held_out)]
     assert train.ids.dtype == held_out.ids.dtype == np.int64 and (np.diff(train.ids) >= 0).all()
     return train, held_out, *names, identity
@@ -1137,11 +1137,11 @@ def test_eval_datasets_are_held_out_and_all_others_trained(task):
 
 @pytest.fixture
 def fetched(task, monkeypatch):
-    """[(name, split, conditional)] of what is fetched: a.jsonl to train, eval.jsonl to test, files as they are."""
+    """[(name, split, form)] of what is fetched: a.jsonl to train, eval.jsonl to test, files as they are."""
     calls = []
 
-    def fetch(name: str, split: str, cache_dir: str, conditional: bool) -> str:
-        calls.append((name, split, conditional))
+    def fetch(name: str, split: str, cache_dir: str, form: str) -> str:
+        calls.append((name, split, form))
         return name if Path(name).exists() else {"train": "a.jsonl", "test": "eval.jsonl"}[split]
 
     monkeypatch.setattr("chat.fetch", fetch)
@@ -1149,7 +1149,7 @@ def fetched(task, monkeypatch):
 
 
 def test_the_test_splits_of_named_data_sets_are_held_out(fetched):
-    *_, names, held_out_names, _ = load(["ultrachat*3", "s1k", "more"], conditional=True)  # s1k has none, nor has a file
+    *_, names, held_out_names, _ = load(["ultrachat*3", "s1k", "more"], form="conditional")  # s1k has none, nor has a file
     assert names == {"a.jsonl": 40, "more/b.jsonl": 7, "more/c.json": 5} and held_out_names == {"eval.jsonl": 4}
     assert fetched == [("ultrachat", "train", True), ("s1k", "train", True), ("more", "train", True), ("ultrachat", "test", True)]
     fetched.clear()
@@ -1196,7 +1196,7 @@ def test_all_examples_of_a_row_are_on_one_side_of_the_split(task, seed):
     assert not sides[0] & sides[1] and sides[0] | sides[1] == set(n_examples) and len(sides[1]) == 10
     trained = [i for i in range(len(rows)) if i not in held_out.ids]
     assert Counter(train.ids.tolist()) == {i: 3 if rows.file_of[i] == 0 else 1 for i in trained}
-    said = [text_of(encoder.tokenizer, np.concatenate([rows[i][0] for i in part.ids]).tolist()) for part in (train, held_out)]
+    said = [text_of(encoder.tokenizer, np.concatenate([rows[i][0][0] for i in part.ids]).tolist()) for part in (train, held_out)]
     for i in range(20):
         assert [f"number {i}, " in text for text in said] == [(1, i + 1) in side for side in sides]
 
@@ -1254,7 +1254,8 @@ def test_a_text_asks_nothing(tmp_path):
     encoder = make_encoder(CHATML, 32, 16)
     rows = tokenised([write(tmp_path / "x.jsonl", [{"text": "yes " * 50}, row("q", "a"), {"text": "no"}])], encoder, tmp_path)
     assert len(rows) == 4 and questions_of(encoder, rows, range(len(rows))) == [("q", "a", "all")]
-    assert encoder.prompt_ids(to_conversation({"text": "no"})) == rows[len(rows) - 1][0][:-1].tolist() == ids_of(CHATML, "<s>no")
+    (ids, _), = rows[len(rows) - 1]
+    assert encoder.prompt_ids(to_conversation({"text": "no"})) == ids[:-1].tolist() == ids_of(CHATML, "<s>no")
 
 
 @templates
@@ -1268,7 +1269,7 @@ def test_a_question_s_ids_are_the_context_that_was_trained(tmp_path, template):
     assert rows.counts["examples truncated"] == 1
     whole, cut = read_questions(encoder, rows, [0, len(rows) - 1])
     assert whole["prompt_ids"] == context_of(template, talks[0][:-1]) and whole["prompt"] == "q1"
-    ids, trained = rows[len(rows) - 1]
+    (ids, trained), = rows[len(rows) - 1]
     assert cut["prompt_ids"] == ids[:trained.argmax()].tolist() and 60 <= len(cut["prompt_ids"]) <= 64
     assert cut["prompt"] == long and cut["expected"] == "a2"
     assert "long question a long question" in text_of(encoder.tokenizer, cut["prompt_ids"])

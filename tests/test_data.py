@@ -71,8 +71,8 @@ def test_rows_are_those_of_the_lines(tmp_path):
     rows = cached([a, b, a], tmp_path)
     inside = [([2, 3], [False, True]), ([5, 6, 7], [True, False, True])]
     expected = [*inside, ([9], [True]), *inside]
-    assert len(rows) == 5 and [tuple(column.tolist() for column in rows[i]) for i in range(5)] == expected
-    assert rows.lengths.tolist() == [2, 3, 1, 2, 3] and rows.targets.tolist() == [1, 2, 1, 1, 2]
+    assert len(rows) == 5 and [tuple(column.tolist() for column in rows[i][0]) for i in range(5)] == expected
+    assert rows.lengths.tolist() == [[2], [3], [1], [2], [3]] and rows.targets.tolist() == [[1], [2], [1], [1], [2]]
     assert [rows.where(i) for i in range(5)] == [f"{a}:2", f"{a}:5", f"{b}:1", f"{a}:2", f"{a}:5"]
     assert rows.counts == {"rows": 7, "targets": 7} and rows.file_of.tolist() == [0, 0, 1, 2, 2]
     assert rows.row_of.tolist() == [0, 2, 0, 0, 2] and rows.answers.tolist() == [-1] * 5  # the row of evens counts too
@@ -84,7 +84,7 @@ def test_a_row_may_become_several_examples(tmp_path):
     a.write_text("2 3 | 4 | 5\n\n9\n")
     b.write_text("9 | 1 1\n")
     rows = cached([a, b, b], tmp_path)
-    assert [rows[i][0].tolist() for i in range(len(rows))] == [[2, 3], [5], [9], *[[9], [1, 1]] * 2]
+    assert [rows[i][0][0].tolist() for i in range(len(rows))] == [[2, 3], [5], [9], *[[9], [1, 1]] * 2]
     assert rows.row_of.tolist() == [0, 0, 1, 0, 0, 0, 0] and rows.row_numbers().tolist() == [0, 0, 1, 2, 2, 3, 3]
     assert rows.answers.tolist() == [-3, -1, -1, *[-2, -1] * 2]
     assert [rows.where(i) for i in range(7)] == [*[f"{a}:1"] * 2, f"{a}:3", *[f"{b}:1"] * 4]
@@ -139,7 +139,7 @@ def test_a_file_that_changes_while_it_is_tokenised_leaves_no_cache(tmp_path):
     undisturbed = Disturbed()
     undisturbed.added = ""
     again = cached([b, a], tmp_path, undisturbed)
-    assert again[len(again) - 1][0].tolist() == [8, 9] and snapshot_names(tmp_path) == [again.identity]
+    assert again[len(again) - 1][0][0].tolist() == [8, 9] and snapshot_names(tmp_path) == [again.identity]
 
 
 def test_a_second_call_maps_what_the_first_has_built(tmp_path):
@@ -307,8 +307,8 @@ def test_the_cache_holds_the_chunks_one_after_the_other(tmp_path, one_process):
     assert len(parts) == 4 + 16  # none has rows of two files
     whole = cached(files, tmp_path)
     assert whole.counts == dict(sum(counts, Counter())) and whole.offsets.tolist() == [0, *np.cumsum(whole.lengths)]
-    for column, name in ((whole.ids, "ids"), (whole.trained, "trained"), (whole.lines, "lines"), (whole.file_of, "files"),
-                         (whole.lengths, "lengths"), (whole.targets, "targets"), (whole.row_of, "rows"),
+    for column, name in ((whole.tokens[0], "ids"), (whole.tokens[1], "trained"), (whole.lines, "lines"), (whole.file_of, "files"),
+                         (whole.lengths[:, 0], "lengths"), (whole.targets[:, 0], "targets"), (whole.row_of, "rows"),
                          (whole.answers, "answers")):
         assert column.dtype == DTYPES[name] and np.array_equal(column, np.concatenate([part[name] for part in parts]))
 

@@ -291,14 +291,14 @@ def test_the_dropped_rows_are_counted(hub, tmp_path, capsys):
 
 
 def test_conditional_sft_gives_a_good_and_a_bad_row(hub, tmp_path):
-    path = fetch("ultrabin", "train", str(tmp_path), conditional=True, root=hub)
+    path = fetch("ultrabin", "train", str(tmp_path), form="conditional", root=hub)
     rows = [row["messages"] for row in read(path)]
     assert rows == [talk("train", "<|good|>yes"), talk("train", "<|bad|>no"), talk("train", "<|bad|>never"),
                     talk("q", "<|bad|>no")]
     assert path != fetch("ultrabin", "train", str(tmp_path), root=hub)
-    rows = [row["messages"] for row in read(fetch("oasst", "test", str(tmp_path), conditional=True, root=hub))]
+    rows = [row["messages"] for row in read(fetch("oasst", "test", str(tmp_path), form="conditional", root=hub))]
     assert rows[:2] == [talk("text of q", "<|good|>text of good"), talk("text of q", "<|bad|>text of bad")]
-    rows = read(fetch("ultrachat", "train", str(tmp_path), conditional=True, root=hub))
+    rows = read(fetch("ultrachat", "train", str(tmp_path), form="conditional", root=hub))
     assert rows[1]["messages"] == talk("d", "<|good|>e", "f", "<|good|>g")
 
 

@@ -979,7 +979,7 @@ def step_rows(world: Path, n_steps: int) -> list[list]:
     rows = tokenise(list_files([str(world / "train.jsonl")]), ChatEncoder(tokenizer, 64, 32), str(world))
     loader = SFTDataLoader(rows, np.arange(len(rows)), n_steps * BATCH_SIZE, SEED, batch_size=BATCH_SIZE, pad_id=0,
                            packing=False, microbatch_tokens=64)
-    return [[rows[i] for i in loader.rows_of_step(k * BATCH_SIZE)] for k in range(n_steps)]
+    return [[rows[i][0] for i in loader.rows_of_step(k * BATCH_SIZE)] for k in range(n_steps)]
 
 
 def peft_training(world: Path, name: str) -> list[dict]:

@@ -234,7 +234,7 @@ def train_naively(folder: Path, kind: str, lrs: list[float], n_examples: int) ->
                                   lr=0.0, betas=BETAS, eps=EPS, foreach=False)
     reference = Reference(model, optimizer, [], [])
     for step, lr in enumerate(lrs):
-        loss = naive_mean(model, [rows[row] for row in loader.rows_of_step(8 * step)])
+        loss = naive_mean(model, [rows[row][0] for row in loader.rows_of_step(8 * step)])
         loss.backward()
         norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
         for parameter in model.parameters():
@@ -295,7 +295,7 @@ def test_eval_loss_is_the_exact_mean_over_all_targets(folder, straight):
     _, evals = records(straight)
     assert [(record["step"], record["counter"]) for record in evals] == [(0, 0), (3, 24), (5, 40), (6, 45)]
     rows = tokenised(folder, "eval")
-    first_ones = [rows[i] for i in range(N_EVALUATED)]
+    first_ones = [rows[i][0] for i in range(N_EVALUATED)]
     for record, weights in zip(evals, ["untied", "runs/straight/step-3", "runs/straight/step-5", "runs/straight/FINAL"]):
         with torch.no_grad():
             model = AutoModelForCausalLM.from_pretrained(folder / weights, dtype=torch.float32)
