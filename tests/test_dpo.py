@@ -22,8 +22,8 @@ from model_utils import load_tokenizer
 PAIRS = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in [
     ("reverse ABC", "CBA", "ABC"), ("sort 321", "123", "3"), ("larger of 2 and 3", "3", "23 23 23"),
     ("last letter of ABCD", "D", "A"), ("first letter of ABA", "A", "B"), ("double each letter of XY", "XXYY", "XY"),
-    ("sort 41", "14", "1414"), ("reverse XYZZY", "YZZYX", "X"), ("first letter of Q", "Q", "QQQ"), ("larger of 4 and 7", "7", "4"),
-    ("replace A by X in ABBA", "XBBX", "ABBA"), ("last letter of OK", "K", "O")]]
+    ("sort 41", "14", "1414"), ("reverse XYZZY", "YZZYX", "X"), ("first letter of Q", "Q", "QQQ"),
+    ("larger of 4 and 7", "7", "4"), ("replace A by X in ABBA", "XBBX", "ABBA"), ("last letter of OK", "K", "O")]]
 BETA, LR, BATCH, SEED = 0.3, 1e-3, 4, 1
 KEYS = ["--config", str(Path(dpo.__file__).parent / "configs/dpo_llama.py"), "model.name_or_path=model", "datasets=[pairs.jsonl]",
         "eval_datasets=[pairs.jsonl]", "n_epochs=2", f"model.batch_size={BATCH}", f"beta={BETA}", f"lr={LR}", f"seed={SEED}",
