@@ -782,3 +782,59 @@ def test_padded_groups_are_runs_by_length_of_nearly_equal_size(lengths, capacity
     groups = batch_by_length(lengths, capacity, multiple)
     assert [*lengths[list(itertools.chain(*groups))]] == sorted(lengths)
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("microbatch_tokens", [30, 10 ** 6])
+@pytest.mark.parametrize("share_context", [True, False])
+def test_pairs_stay_together_and_may_share_their_context(tmp_path, world_size, microbatch_tokens, share_context):
+    """Each document, put together from where its keys stand, is the one that is stored, at its positions from 0."""
+    rng, documents = np.random.default_rng(2), []
+    for _ in range(11):
+        context = rng.integers(0, 1000, rng.integers(1, 9))
+        for n in rng.integers(1, 9, 2):
+            ids = np.concatenate([context, rng.integers(0, 1000, n)])
+            documents.append((ids, np.arange(len(ids)) >= len(context)))
+    store_rows(tmp_path / "pairs", documents)
+    rows, found, tokens = TokenisedRows(tmp_path / "pairs", [], 2), [], Counter()
+    rows.columns = {"number": np.arange(22, dtype=np.float32).reshape(11, 2)}
+    for loader in loaders(rows, np.arange(11), world_size, 11, microbatch_tokens=microbatch_tokens, share_context=share_context):
+        for step, batches in enumerate(by_step(loader)):
+            for batch in batches:
+                ids, ends = batch["target_combined_input_ids"][0].numpy(), batch["document_ends"]
+                keys = batch.get("key_positions", torch.arange(len(ids))).numpy()
+                borders = batch.get("key_ends", ends).tolist()
+                assert ("key_ends" in batch) == bool(share_context and batch["n_documents"])
+                assert batch["n_documents"] in (0, len(ends) - 1) and len(batch["examples"]) * 2 == batch["n_documents"]
+                tokens[step] += len(ids) if batch["n_documents"] else 0
+                assert len(ids) <= microbatch_tokens or len(batch["examples"]) == 1
+                for i, number in enumerate(batch["number"].int().tolist()):
+                    places = keys[borders[i]:borders[i + 1]]
+                    own, on = documents[number]
+                    mine = batch["target_documents"].numpy() == i
+                    assert ids[places].tolist() == own.tolist() and batch["longest"] >= len(own)
+                    assert batch["position_ids"][0].numpy()[places].tolist() == [*range(len(own))]
+                    assert batch["target_positions"].numpy()[mine].tolist() == places[on].tolist()
+                    assert batch["predicting_positions"].numpy()[mine].tolist() == places[np.flatnonzero(on) - 1].tolist()
+                    assert number == 2 * batch["examples"][i // 2] + i % 2
+                    found.append(number)
+                counts = batch["global_token_count"], batch["global_target_count"], batch["global_squared_lengths"]
+            step_rows = loader.rows_of_step(step * BATCH)
+            expected = np.zeros(3, int)
+            for (first, on), (second, _) in (documents[2 * i:2 * i + 2] for i in step_rows):
+                n = int((~on).sum()) * share_context
+                expected += [len(first) + len(second) - n, on.sum() + len(second) - (~on).sum(), len(first) ** 2
+                             + len(second) ** 2 - n ** 2]
+            assert counts == tuple(expected)
+            tokens[step, "told"] = counts[0]
+    assert sorted(found) == [*range(22)]
+    assert all(tokens[step] == tokens[step, "told"] for step in range(math.ceil(11 / BATCH)))
+
+
+def test_the_rows_that_a_loader_comes_by(stored):
+    rows, ids = stored(17)
+    for n_examples, seed in ((5, SEED), (17, SEED), (40, SEED), (5, None)):
+        loader, = loaders(rows, ids, 1, n_examples, seed)
+        assert loader.rows_seen().tolist() == sorted({*sequence_of(rows, ids, n_examples, seed)})
+        over = loader.over(rows, ids[3:6])
+        assert [rows_in(batch) for batch in over] == [ids[3:6].tolist()] and over.batch_size == loader.batch_size

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, run_well, write_model
 from transformers import AutoModelForCausalLM
 
-from configs.base import Config, knobs, load_config
+from configs.base import Config, DPOConfig, knobs, load_config
 from generate import parse_arguments
 from log import show_answers
 from make_tiny import make_rows
@@ -48,19 +48,20 @@ def test_a_page_prints_what_it_says(page):
 def test_commands_and_keys_are_known(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".cache/tiny-data").mkdir(parents=True)
-    for name in ("train", "test"):
+    for name in ("train", "test", "pairs", "test-pairs"):
         (tmp_path / f".cache/tiny-data/{name}.jsonl").touch()
     text = page.read_text().replace("\\\n", " ")
-    for n, line in re.findall(r"--nproc_per_node=(\d+) .*?sft\.py (.*)$", text, re.MULTILINE):
+    for n, script, line in re.findall(r"--nproc_per_node=(\d+) .*?(sft|dpo)\.py (.*)$", text, re.MULTILINE):
         argv = [argument for argument in line.partition("  #")[0].split() if page.stem != "fork_it" or argument != "beta=0.1"]
         for file in re.findall(r"[\w./-]+\.jsonl", " ".join(argv)):  # the reader's own
             (tmp_path / file).touch()
-        load_config([str(ROOT / argument) if argument.startswith("configs/") else argument for argument in argv], int(n))
+        load_config([str(ROOT / argument) if argument.startswith("configs/") else argument for argument in argv], int(n), None,
+                    Config if script == "sft" else DPOConfig)
     for line in re.findall(r"^python generate\.py ([^#\n]*)", text, re.MULTILINE):
         monkeypatch.setattr(sys, "argv", ["generate.py", *line.split()])
         parse_arguments()
     for key in re.findall(r"`([a-z][\w.]*)=(?:true|false|\[)", text) + re.findall(r"`(model\.[\w.]+)[=`]", text):
-        assert key in dict(knobs(Config)), key
+        assert key in dict(knobs(DPOConfig)), key
 
 
 @every_page
