@@ -310,8 +310,8 @@ class ChatEncoder:
             for document in itertools.chain(*examples):
                 columns["ids"] += document.ids
                 columns["trained"] += document.trained
-                for name, value in (("lengths", len(document.ids)), ("targets", np.count_nonzero(document.trained)), ("files", file_index),
-                                    ("lines", line), ("rows", number), ("answers", document.answer)):
+                for name, value in (("lengths", len(document.ids)), ("targets", np.count_nonzero(document.trained)),
+                                    ("files", file_index), ("lines", line), ("rows", number), ("answers", document.answer)):
                     columns[name].append(value)
         return {name: np.array(values, DTYPES[name]) for name, values in columns.items()}, counts, places
 
