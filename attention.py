@@ -15,16 +15,20 @@ SHARES_HEADS = varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).pa
 
 
 def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, softcap=None,
-                       s_aux=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs):
+                       s_aux=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
+                       key_positions=None, **kwargs):
     """Causal attention in which no document sees another, for transformers' AttentionInterface.
 
     query (1, heads, T, D), key and value (1, kv heads, T, D); the documents are tokens cu_seq_lens_q[i] up to
-    cu_seq_lens_q[i + 1], and likewise of the keys. A sliding window of w lets a token see itself and the w - 1 before it;
+    cu_seq_lens_q[i + 1], and likewise of the keys, which if there are key_positions stand there. Of fewer queries than keys the
+    last see the last. A sliding window of w lets a token see itself and the w - 1 before it;
     softcap bounds the scores (Gemma 2); s_aux (heads,) are sinks, to which a head may attend instead of to any token (gpt-oss).
     Returns (1, T, heads, D) and None for the probabilities, which are never made.
     """
     if attention_mask is not None and (any(attention_mask.stride()) or attention_mask.shape[1] != (sliding_window or 1)):
         raise ValueError("only its mask knows whom a token may see")
+    if key_positions is not None:
+        key, value = (x.index_select(2, key_positions) for x in (key, value))
     groups = query.shape[1] // key.shape[1]
     # flash attention takes two types, and heads of these sizes
     fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in range(8, 257, 8)
@@ -37,20 +41,23 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window,
                           **options)
         return out.unsqueeze(0), None
-    return attend_apart(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap, s_aux), None
+    ends = cu_seq_lens_q, cu_seq_lens_k
+    return attend_apart(query, key, value, *ends, dropout, scaling, sliding_window, softcap, s_aux), None
 
 
 @torch.compiler.disable  # else it is compiled anew for every number of documents
-def attend_apart(query, key, value, ends, dropout, scaling, sliding_window, softcap, sinks):
+def attend_apart(query, key, value, query_ends, key_ends, dropout, scaling, sliding_window, softcap, sinks):
     """document_attention on any device and in any dtype, one document after the other."""
-    groups, lengths, outs = query.shape[1] // key.shape[1], ends.diff().tolist(), []
+    groups, outs = query.shape[1] // key.shape[1], []
+    n_queries = query_ends.diff().tolist()
+    n_keys = n_queries if key_ends is query_ends else key_ends.diff().tolist()  # a GPU need not be waited for twice
     by_hand = softcap or sinks is not None
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
-        length = q.shape[2]
+    for q, k, v in zip(query.split(n_queries, dim=2), key.split(n_keys, dim=2), value.split(n_keys, dim=2)):
+        length, before = k.shape[2], k.shape[2] - q.shape[2]
         mask = None
-        if by_hand or (sliding_window and length > sliding_window):
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-            mask = mask.triu(1 - sliding_window) if sliding_window else mask
+        if by_hand or before or (sliding_window and length > sliding_window):
+            mask = torch.ones(q.shape[2], length, dtype=torch.bool, device=q.device).tril(before)
+            mask = mask.triu(before + 1 - sliding_window) if sliding_window else mask
         if by_hand:
             scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * scaling
             scores = softcap * torch.tanh(scores / softcap) if softcap else scores

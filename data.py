@@ -371,13 +371,19 @@ class SFTDataLoader:
         n_examples                       examples in the whole step
     and by its name (documents,) of each of rows.columns, and (N,) at the targets of any further column of PER_TOKEN.
     Packed, B is 1 and the documents stand one after the other; otherwise they are padded on the right to the longest.
+
+    `share_context`, of examples of several documents that have the same ids before their targets, packs these once: what stands
+    behind them in the example's first document. Of the others only the targets follow, and the batch has besides
+        key_ends                         (documents + 1,) int32: what each document attends to, its context and itself, one after
+        key_positions                    (keys,) int64: the other; from 0, and where each document's end; and where each key is
     """
 
     def __init__(self, rows: TokenisedRows, ids: np.ndarray, n_examples: int, seed: int | None = None, accumulation: int = 1, *,
-                 batch_size: int, pad_id: int, packing: bool, microbatch_tokens: int, rank: int = 0, world_size: int = 1):
+                 batch_size: int, pad_id: int, packing: bool, microbatch_tokens: int, rank: int = 0, world_size: int = 1,
+                 share_context: bool = False):
         self.rows, self.ids, self.batch_size, self.n_examples, self.seed = rows, ids, batch_size, n_examples, seed
         self.pad_id, self.packing, self.microbatch_tokens, self.accumulation = pad_id, packing, microbatch_tokens, accumulation
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.share_context = rank, world_size, share_context and packing
 
     def __iter__(self) -> Iterator[dict]:
         for first in range(0, self.n_examples, self.batch_size):
@@ -386,22 +392,24 @@ class SFTDataLoader:
     def microbatches(self, first: int) -> Iterator[dict]:
         """Yields those of the step whose first row is at `first` in the endless sequence of epochs."""
         step_rows, rows, multiple = self.rows_of_step(first), self.rows, self.world_size * self.accumulation
-        lengths = rows.lengths[step_rows]
+        lengths, targets = rows.lengths[step_rows].astype(np.int64), rows.targets[step_rows]
+        shared = (lengths - targets) * (self.share_context and np.arange(rows.n_documents) > 0)  # with the example's first
         if self.packing:
-            collate, bins = collate_packed, pack(lengths.sum(1), self.microbatch_tokens, multiple)
+            bins = pack((lengths - shared).sum(1), self.microbatch_tokens, multiple)
         else:
-            collate, bins = collate_padded, batch_by_length(lengths.max(1), self.microbatch_tokens // rows.n_documents, multiple)
+            bins = batch_by_length(lengths.max(1), self.microbatch_tokens // rows.n_documents, multiple)
         mine = bins[self.rank::self.world_size]
-        counts = {"global_target_count": int(rows.targets[step_rows].sum()),
-                  "global_token_count": int(lengths.sum()), "n_examples": len(step_rows), "n_microbatches": len(mine),
-                  "global_squared_lengths": int(np.square(lengths, dtype=np.int64).sum())}
+        counts = {"global_target_count": int(targets.sum()), "global_token_count": int((lengths - shared).sum()),
+                  "n_examples": len(step_rows), "n_microbatches": len(mine),
+                  "global_squared_lengths": int((lengths ** 2 - shared ** 2).sum())}
         nothing = (np.array([self.pad_id]), *(np.zeros(1, dtype) for dtype in [*PER_TOKEN.values()][1:]))
         for members in mine:
             examples = step_rows[members]
             documents = [document for i in examples for document in rows[i]]
             columns = {name: torch.from_numpy(column[examples].flatten()) for name, column in rows.columns.items()}
-            yield {**collate(documents or [nothing], self.pad_id), **columns, **counts, "n_documents": len(documents),
-                   "examples": torch.from_numpy(examples)}
+            batch = collate_padded(documents or [nothing], self.pad_id) if not self.packing else \
+                collate_packed(documents or [nothing], self.pad_id, shared[members].flatten() if documents else None)
+            yield {**batch, **columns, **counts, "n_documents": len(documents), "examples": torch.from_numpy(examples)}
 
     def rows_of_step(self, first: int) -> np.ndarray:
         """Returns the step's rows, (at most batch_size,) int64."""
@@ -427,14 +435,27 @@ class SFTDataLoader:
         return ", ".join(sorted(map(self.rows.where, self.rows_of_step(first))))
 
 
-def collate_packed(documents: list[tuple[np.ndarray, ...]], pad_id: int) -> dict:
-    """Documents, tuples of PER_TOKEN's columns → one row of them all, one after the other."""
+def collate_packed(documents: list[tuple[np.ndarray, ...]], pad_id: int, shared: np.ndarray | None = None) -> dict:
+    """Documents, tuples of PER_TOKEN's columns → one row of them all, one after the other.
+
+    shared (documents,): how many first tokens of each are left out, which are those of the last document of which none are.
+    """
     lengths = np.array([len(ids) for ids, *_ in documents])
-    ends = np.concatenate([[0], lengths.cumsum()])
-    positions = np.arange(ends[-1]) - ends[:-1].repeat(lengths)
-    columns = [np.concatenate(column)[None] for column in zip(*documents)]
-    numbers = np.arange(len(documents)).repeat(lengths)
-    return as_batch(columns, np.ones((1, ends[-1])), positions[None], numbers, lengths.max(), ends)
+    shared = np.zeros_like(lengths) if shared is None else shared
+    ends = np.concatenate([[0], (lengths - shared).cumsum()])
+    columns = [np.concatenate([part[left_out:] for part, left_out in zip(column, shared)])[None] for column in zip(*documents)]
+    numbers = np.arange(len(documents)).repeat(lengths - shared)
+    positions = np.arange(ends[-1]) - ends[:-1].repeat(lengths - shared) + shared.repeat(lengths - shared)
+    batch = as_batch(columns, np.ones((1, ends[-1])), positions[None], numbers, lengths.max(), ends)
+    if not shared.any():
+        return batch
+    firsts = ends[:-1][np.maximum.accumulate(np.where(shared, 0, np.arange(len(documents))))]  # where the shared ones begin
+    keys = [np.r_[first:first + n, start:end] for first, n, start, end in zip(firsts, shared, ends, ends[1:])]
+    predicting = np.arange(-1, ends[-1] - 1)
+    predicting[ends[:-1][shared > 0]] = (firsts + shared - 1)[shared > 0]
+    batch["predicting_positions"] = torch.from_numpy(predicting)[batch["target_positions"]]
+    return batch | {"key_ends": torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)),
+                    "key_positions": torch.from_numpy(np.concatenate(keys))}
 
 
 def collate_padded(documents: list[tuple[np.ndarray, ...]], pad_id: int) -> dict:

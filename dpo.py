@@ -35,7 +35,7 @@ from fsdp_utils import accumulate, all_reduce_means, clip_gradients, init_proces
 from log import Log, count_flops, describe_data, describe_run, describe_start, run
 from model_utils import check_model, compute_dtype, fingerprints, load_tokenizer, load_weights, make_model
 from rows import to_pair
-from trial import check_gradients, in_mode, try_model
+from trial import can_share_context, check_gradients, in_mode, try_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm: what a fork changes
@@ -159,7 +159,7 @@ def make_encoder(config: DPOConfig, run_dir: Path) -> ChatEncoder:
 
 
 def make_model_and_optimizer(config: DPOConfig, encoder: ChatEncoder, longest: int, device: torch.device):
-    """Returns both, sharded, as the run begins, and whether rows are packed."""
+    """Returns both, sharded, as the run begins; whether rows are packed, and whether a pair's answers share what is asked."""
     torch.manual_seed(config.seed)
     model = make_model(config.model, encoder.tokenizer, encoder.stop_ids, config.cache_dir, device)
     shard_model(model, make_mesh(device, config.model.replicas), "target_logps", dtype=compute_dtype(device),
@@ -167,7 +167,8 @@ def make_model_and_optimizer(config: DPOConfig, encoder: ChatEncoder, longest: i
     load_weights(model)
     check_gradients(model, device)
     optimizer = make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
-    return model, optimizer, try_model(model, device, longest, config.model.packing)
+    packing = try_model(model, device, longest, config.model.packing)
+    return model, optimizer, packing, packing and can_share_context(model, device)
 
 
 def main(config: DPOConfig) -> None:
@@ -185,11 +186,11 @@ def main(config: DPOConfig) -> None:
                             DPOConfig)
     if at.counter == n_examples and is_done(run_dir / "FINAL", at.counter):
         return say(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew")
-    model, optimizer, packing = make_model_and_optimizer(config, encoder, max(train.longest, held_out.longest), device)
-    layout = {"batch_size": batch_size, "pad_id": encoder.tokenizer.pad_token_id, "packing": packing, "rank": rank,
-              "world_size": world_size, "microbatch_tokens": max(config.model.microbatch_tokens, config.model.max_length)}
-    loader = SFTDataLoader(*train, n_examples, config.seed, config.model.gradient_accumulation_steps, **layout)
-    eval_loader = SFTDataLoader(held_out.rows, eval_ids, len(eval_ids), **layout)
+    model, optimizer, packing, share = make_model_and_optimizer(config, encoder, max(train.longest, held_out.longest), device)
+    loader = SFTDataLoader(*train, n_examples, config.seed, config.model.gradient_accumulation_steps, batch_size=batch_size,
+                           pad_id=encoder.tokenizer.pad_token_id, packing=packing, share_context=share, rank=rank,
+                           world_size=world_size, microbatch_tokens=max(config.model.microbatch_tokens, config.model.max_length))
+    eval_loader = loader.over(held_out.rows, eval_ids)
     n_steps = at.step + math.ceil((n_examples - at.counter) / batch_size)
     say(describe_data(encoder.tokenizer, train, held_out, run_dir),
         describe_run(n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest), describe_start())

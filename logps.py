@@ -19,8 +19,9 @@ def target_logps(model, batch: dict, uniform: bool = True, fuse: bool = False) -
     if ends is None:  # a model counts the positions of padded rows itself: RoBERTa's begin behind the padding's
         inputs |= {"attention_mask": mask}
     else:
-        inputs |= {"position_ids": batch["position_ids"], "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+        inputs |= {"position_ids": batch["position_ids"], "cu_seq_lens_q": ends, "cu_seq_lens_k": batch.get("key_ends", ends),
                    "max_length_q": longest, "max_length_k": longest}
+        inputs |= {"key_positions": batch["key_positions"]} if "key_positions" in batch else {}
     labels, config = batch["target_labels"].flatten()[batch["target_positions"]], model.config.get_text_config()
     if model.uses_own_logits:
         output = type(model).forward(model, **inputs)  # not model(), which is FSDP2's to gather for, as this function is

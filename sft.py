@@ -138,10 +138,10 @@ def main(config: Config) -> None:
     if at.counter == n_examples and is_done(run_dir / "FINAL", at.counter):
         return say(f"finished already: {run_dir / 'FINAL'}; delete {run_dir} to train it anew")
     model, optimizer, packing = make_model_and_optimizer(config, encoder, max(train.longest, held_out.longest), device, latest)
-    layout = {"batch_size": batch_size, "pad_id": encoder.tokenizer.pad_token_id, "packing": packing, "rank": rank,
-              "world_size": world_size, "microbatch_tokens": max(config.model.microbatch_tokens, config.model.max_length)}
-    loader = SFTDataLoader(*train, n_examples, config.seed, config.model.gradient_accumulation_steps, **layout)
-    eval_loader = SFTDataLoader(held_out.rows, eval_ids, len(eval_ids), **layout)
+    loader = SFTDataLoader(*train, n_examples, config.seed, config.model.gradient_accumulation_steps, batch_size=batch_size,
+                           pad_id=encoder.tokenizer.pad_token_id, packing=packing, rank=rank,
+                           world_size=world_size, microbatch_tokens=max(config.model.microbatch_tokens, config.model.max_length))
+    eval_loader = loader.over(held_out.rows, eval_ids)
     n_steps = at.step + math.ceil((n_examples - at.counter) / batch_size)
     say(describe_data(encoder.tokenizer, train, held_out, run_dir),
         describe_run(n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest), describe_start())

@@ -154,6 +154,38 @@ def enable_packing(model, device: torch.device) -> bool:
     return not problem
 
 
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def can_share_context(model, device: torch.device) -> bool:
+    """Returns whether two packed documents may share the tokens that both begin with, having tried it; says why not.
+
+    They must come out as they do apart, as for enable_packing. All ranks must call it.
+    """
+    ids, border = first_ids(model, device, 24), torch.arange(24, device=device)
+    context, first, second = border[:8], border[8:16], border[16:]
+    shared = whole_batch(ids, 16, 24)
+    shared |= {"position_ids": torch.cat([border[:16], first])[None], "target_positions": border[1:],
+               "predicting_positions": torch.cat([border[:15], border[7:8], second[:-1]]),
+               "key_ends": torch.tensor([0, 16, 32], dtype=torch.int32, device=device),
+               "key_positions": torch.cat([context, first, context, second])}
+    own = {"key_ends": shared["document_ends"], "key_positions": border}  # without the context
+    try:
+        with in_mode(model, training=False):
+            apart = [model.target_logps({**whole_batch(ids[:, rows]), "document_ends": shared["document_ends"][:2]})[0]
+                     for rows in (border[:16], torch.cat([context, second]))]
+            apart = torch.cat([apart[0], apart[1][7:]])
+            together, alone = (model.target_logps({**shared, **keys})[0] for keys in ({}, own))
+        most = (0.01 if compute_dtype(device) == torch.float32 else 0.1) * (alone - apart).abs().max()
+        problem = "mixes them" if (together - apart).abs().max() > most else None
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        problem = one_line(error)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        problem = "its load balancing loss is of whole documents"
+    if problem:
+        say(f"a context is computed anew for each of its answers: {name_of(model)}: {problem}")
+    return not problem
+
+
 def logps_apart(model, ids: torch.Tensor) -> torch.Tensor:
     """Returns the log-probabilities in two documents, of 8 ids and of the rest, each computed alone."""
     return torch.cat([model.target_logps(whole_batch(part))[0] for part in ids.split([8, ids.shape[1] - 8], dim=1)])

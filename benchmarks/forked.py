@@ -35,7 +35,7 @@ def server(*imported: str):
 class Forked:
     """work(*arguments), of a module, in n ranks, or in a process that is no rank where n is 0. They are killed at the exit."""
 
-    imported = ("sft", "sentencepiece", "transformers.models.llama.modeling_llama")
+    imported = ("sft", "dpo", "sentencepiece", "transformers.models.llama.modeling_llama")
 
     def __init__(self, n: int, work: Callable, *arguments):
         self.outputs = tempfile.TemporaryDirectory()

@@ -31,23 +31,24 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.forked import Forked
 from benchmarks.watched import Moment, run_watched
-from make_tiny import make_rows, train_tokenizer
+from make_tiny import make_pairs, make_rows, train_tokenizer
 
 CONFIG = """
-from configs.base import Config, ModelConfig, PeftConfig
+from configs.base import {kind}, ModelConfig, PeftConfig
 
-config = Config(datasets=["train.jsonl"], eval_datasets=["test.jsonl"], cache_dir="runs", exp_name="run", lr=3e-3, save_every=32,
-                eval_every=10**6, timeout_minutes=0.3, model=ModelConfig(
-                    tokenizer_name_or_path=".", max_length=96, max_prompt_length=48, peft=PeftConfig(lora_r=4), random_init={
+config = {kind}(datasets=["{train}.jsonl"], eval_datasets=["{test}.jsonl"], cache_dir="runs", exp_name="run", lr=3e-3,
+                save_every=32, eval_every=10**6, timeout_minutes=0.3, model=ModelConfig(
+                    tokenizer_name_or_path=".", max_length=96, max_prompt_length=48, peft=PeftConfig(lora_r=4), random_init={{
                     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-                    "num_attention_heads": 4, "max_position_embeddings": 96, "attention_dropout": 0.1}))
+                    "num_attention_heads": 4, "max_position_embeddings": 96, "attention_dropout": 0.1}}))
 """
 VARIANTS = {
     "full": [], "lora": ["model.use_peft=true"], "recomputed": ["model.activation_checkpointing=true"],
     "padded": ["model.packing=false"], "evaluated": ["eval_every=32"],
     "exported": ["intermediate_checkpoints=true", "eval_every=64"], "two-epochs": ["n_epochs=2", "keep_last=1"],
     "weighted": ["datasets=[train.jsonl*0.5,more.jsonl*2.25]"], "conditional": ["datasets=[ultrabin]", "conditional=true"],
-    "accumulated": ["model.gradient_accumulation_steps=2", "model.microbatch_tokens=128"]}
+    "accumulated": ["model.gradient_accumulation_steps=2", "model.microbatch_tokens=128"],
+    "dpo": ["dpo.py"], "dpo-lora": ["dpo.py", "model.use_peft=true", "n_epochs=2"]}
 RUN, STEP = "runs/run", r"runs/run/checkpoints/step-\d+"
 AIMS = {  # patterns of what the killed rank is about to do, as watched.py words it; of a resume, for the first time
     "random": [""], "one-rank": ["", ".*", "record "],
@@ -153,10 +154,13 @@ def write_data(folder: Path, n_rows: int) -> None:
     # What hub.py keeps of a data set of comparisons
     answers = [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": token + answer}]}
                for row in train[:n_rows // 2] for token, answer in (("<|good|>", row["completion"]), ("<|bad|>", "X"))]
-    for name, rows in {"train": train, "test": test, "more": more, "runs/datasets/ultrabin-train-conditional": answers}.items():
+    files = {"train": train, "test": test, "more": more, "runs/datasets/ultrabin-train-conditional": answers,
+             "pairs": make_pairs(train), "test-pairs": make_pairs(test)}
+    for name, rows in files.items():
         (folder / f"{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.py").write_text(CONFIG)
+    (folder / "sft.py").write_text(CONFIG.format(kind="Config", train="train", test="test"))
+    (folder / "dpo.py").write_text(CONFIG.format(kind="DPOConfig", train="pairs", test="test-pairs"))
 
 
 class Reference(NamedTuple):

@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 
 from benchmarks.forked import run_file
 
-SFT = Path(__file__).resolve().parent.parent / "sft.py"
+ROOT = Path(__file__).resolve().parent.parent
 VERBS = {"os.mkdir": "make", "os.rename": "rename", "os.link": "link", "os.remove": "remove", "os.rmdir": "remove"}
 HALF_A_RECORD = '{"step": 3, "cou'
 
@@ -64,7 +64,10 @@ def tear(path: str, mode: str | None, metrics: TextIO | None) -> bool:
 
 
 def run_watched(folder: Path, overrides: list[str], moment: Moment | None) -> None:
-    """sft.py in a rank, in a folder with a config.py; each record that it logs is an audit event too."""
+    """A script in a rank, sft.py unless the first override names another, in a folder with a configuration by the script's name.
+
+    Each record that it logs is an audit event too.
+    """
     from log import Log
     rank, write = int(os.environ["RANK"]), Log.write
 
@@ -74,4 +77,5 @@ def run_watched(folder: Path, overrides: list[str], moment: Moment | None) -> No
 
     Log.write = announce
     sys.addaudithook(Watch(folder / f"events-{rank}", moment if moment and rank in moment.ranks else None))
-    run_file([SFT, "--config", "config.py", *overrides], folder)
+    script = overrides[0] if overrides[:1] == ["dpo.py"] else "sft.py"
+    run_file([ROOT / script, "--config", script, *[key for key in overrides if key != script]], folder)

@@ -42,7 +42,7 @@ from configs.base import ModelConfig
 from data import collate_packed, collate_padded
 from fsdp_utils import ModelError, end_process, init_processes, make_mesh, shard_model
 from model_utils import check_model, generate, load_model, load_tokenizer, load_weights
-from trial import enable_packing
+from trial import can_share_context, enable_packing
 
 
 @pytest.fixture(scope="module")
@@ -420,6 +420,24 @@ def test_packed_documents_come_out_as_one_by_one_or_are_not_packed(alone, capsys
     assert model.config._attn_implementation == model.own_attention
     again = results(model, in_a_batch(model, documents, collate_padded))
     torch.testing.assert_close(again, padded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNPACKABLE])
+def test_answers_to_one_context_come_out_as_if_each_had_its_own(alone, capsys, kind):
+    """Also where windows are shorter than the context, or reach from an answer into it."""
+    rng, documents, shared = np.random.default_rng(3), [], []
+    for n_context, *n_answers in ((20, 9, 1, 14), (1, 3, 5), (6, 2, 2)):
+        context = rng.integers(8, 60, n_context)
+        for n, n_shared in zip(n_answers, (0, n_context, n_context)):
+            ids = np.concatenate([context, rng.integers(8, 60, n)])
+            documents.append((ids, np.arange(len(ids)) >= n_context))
+            shared.append(n_shared)
+    model = make_model(kind)
+    assert enable_packing(model, CPU)
+    expected = results(model, in_a_batch(model, documents, collate_packed))
+    assert can_share_context(model, CPU) and not capsys.readouterr().out
+    found = results(model, in_a_batch(model, documents, functools.partial(collate_packed, shared=np.array(shared))))
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("kind, implementation", [("llama", "eager"), ("llama", "sdpa"), ("lfm2", "eager"), ("bloom", "eager")])
