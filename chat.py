@@ -140,29 +140,29 @@ class ChatEncoder:
         self.learn_units([text])
         return [token for unit in self.units(text) for token in self.ids_of[unit]]
 
-    def cut(self, group: list[Answer]) -> Iterator[tuple[str, str, str]]:
-        """Yields for each target of a sequence: the text between the last one and it; the last unit of that; the target."""
+    def cut(self, group: list[Answer]) -> Iterator[tuple[str, str, Answer]]:
+        """Yields for each target of a sequence: the text between the last one and it; the last unit of that; its answer."""
         position = 0
         for answer in group:
             piece = (self.anchor if position else "") + group[-1].context[position:len(answer.context)]
-            yield piece, self.units(piece)[-1], answer.target
+            yield piece, self.units(piece)[-1], answer
             position = len(answer.context) + len(answer.target)
 
-    def encode_group(self, group: list[Answer]) -> tuple[list[int], list[tuple[int, int]], int]:
-        """A sequence → (ids, [(start, stop)] of its targets, n_merged).
+    def encode_group(self, group: list[Answer]) -> tuple[list[int], list[bool], int]:
+        """A sequence → (ids, which of them are targets, n_merged).
 
         A target's ids are those that follow its context's where both are tokenised together, unless a token would reach across
         the border: the model writes the target alone.
         """
-        ids, spans, apart = [], [], []
-        for piece, header, target in self.cut(group):
-            ids += self.tokens(piece)[bool(spans and self.anchor):]
-            before, both = self.tokens(header), self.tokens(header + target)
+        ids, trained, apart = [], [], []
+        for piece, header, answer in self.cut(group):
+            ids += self.tokens(piece)[bool(apart and self.anchor):]
+            before, both = self.tokens(header), self.tokens(header + answer.target)
             apart.append(both[:len(before)] != before)
-            written = self.tokens(self.anchor + target)[bool(self.anchor):] if apart[-1] else both[len(before):]
-            spans.append((len(ids), len(ids) + len(written)))
+            written = self.tokens(self.anchor + answer.target)[bool(self.anchor):] if apart[-1] else both[len(before):]
+            trained += [False] * (len(ids) - len(trained)) + [True] * len(written)
             ids += written
-        return ids, spans, sum(apart[:-1])
+        return ids, trained, sum(apart[:-1])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Rows → examples
@@ -244,12 +244,9 @@ class ChatEncoder:
         most = min(len(text), self.max_prompt_length * max(map(len, self.tokenizer.get_vocab())))
         return cut(max(0, bisect.bisect_left(range(most + 1), True, key=is_too_long) - 1))
 
-    def truncate(self, encoded: tuple[list[int], list[tuple[int, int]], int], n_tokens: int, answer: int) -> Document:
-        ids, spans, n_merged = encoded
-        trained = [False] * len(ids)
-        for start, stop in spans:
-            start = max(start, 1)  # nothing comes before the first token to predict it from
-            trained[start:stop] = [True] * (stop - start)
+    def truncate(self, encoded: tuple[list[int], list[bool], int], n_tokens: int, answer: int) -> Document:
+        ids, trained, n_merged = encoded
+        trained[:1] = [False]  # nothing comes before the first token to predict it from
         # An answer's end, its last token, goes with what is cut off: the model must not learn to stop there
         return Document(ids[:self.max_length], trained[:self.max_length], n_tokens, answer, n_merged)
 
@@ -293,7 +290,7 @@ class ChatEncoder:
         columns = {name: [] for name in DTYPES}
         self.ids_of.clear()
         self.learn_units(text for *_, row_plans in plans for plan in row_plans for group in plan.groups
-                         for piece, header, target in self.cut(group) for text in (piece, header + target))
+                         for piece, header, it in self.cut(group) for text in (piece, header + it.target))
         for number, line, (plan, *others) in plans:
             try:
                 examples = self.carry_out([plan, *others])
@@ -313,8 +310,8 @@ class ChatEncoder:
             for document in itertools.chain(*examples):
                 columns["ids"] += document.ids
                 columns["trained"] += document.trained
-                for name, value in (("lengths", len(document.ids)), ("targets", sum(document.trained)), ("files", file_index),
-                                    ("lines", line), ("rows", number), ("answers", document.answer)):
+                for name, value in (("lengths", len(document.ids)), ("targets", np.count_nonzero(document.trained)),
+                                    ("files", file_index), ("lines", line), ("rows", number), ("answers", document.answer)):
                     columns[name].append(value)
         return {name: np.array(values, DTYPES[name]) for name, values in columns.items()}, counts, places
 
@@ -333,7 +330,7 @@ class ChatEncoder:
         for document in example:
             n_kept = len(document.ids) if kept else 0
             sums.update({"tokens": document.n_tokens, "tokens kept": n_kept, "tokens dropped": document.n_tokens - n_kept,
-                         "targets": sum(document.trained) if kept else 0,
+                         "targets": np.count_nonzero(document.trained) if kept else 0,
                          "answers in the tokens that they were written in": document.n_merged})
         counts.update({name: int(n) for name, n in sums.items() if n})
         return kept

@@ -31,6 +31,9 @@ CHOSEN, REJECTED = ("chosen", "chosen_response"), ("rejected", "rejected_respons
 # and of a message's
 ROLE, CONTENT, THOUGHT = ("role", "from"), ("content", "value", "text"), ("reasoning_content", "reasoning", "thinking")
 ARGUMENTS = ("arguments", "parameters")  # of a call
+# Each key that says how much a message counts in the loss, the product of all, with what it may be
+WEIGHTS = {**dict.fromkeys(("train", "loss"), ("true or false", lambda value: isinstance(value, bool))),
+           "weight": ("1 or 0", lambda value: value in (1, 0) and not isinstance(value, bool))}
 ROLES = {**{role: role for role in ("system", "developer", "user", "assistant", "tool", "function_call", "tool_call")},
          **dict.fromkeys(("human", "prompter"), "user"), **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
          **dict.fromkeys(("function", "observation", "ipython", "function_response", "tool_response"), "tool")}
@@ -44,7 +47,7 @@ OTHER_MEANINGS = {
 
 
 class Conversation(NamedTuple):
-    """What a row says. A message is {"role", "content": text, "train": bool} and, where the row has them, reasoning_content
+    """What a row says. A message is {"role", "content": text, "train": 1 or 0} and, where the row has them, reasoning_content
     (text), tool_calls ([{"type", "id", "function": {"name", "arguments"}}]), tool_call_id and name."""
 
     messages: list[dict]
@@ -338,7 +341,7 @@ def as_message(message: object, where: str, unread: set[str]) -> dict:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where}.role is {shown(role)}; known are {', '.join(ROLES)}")
     role, content, thought = ROLES[role], take(rest, CONTENT), take(rest, THOUGHT)
-    result = {"role": "assistant" if role.endswith("_call") else role, "content": "", "train": is_trained(rest, where)}
+    result = {"role": "assistant" if role.endswith("_call") else role, "content": "", "train": take_weight(rest, where)}
     calls = rest.pop("tool_calls", None) or [rest.pop("function_call", None)]
     if role.endswith("_call"):
         calls, content = from_json(content, f"{where}.content"), ""
@@ -359,15 +362,15 @@ def as_message(message: object, where: str, unread: set[str]) -> dict:
     return result
 
 
-def is_trained(rest: dict, where: str) -> bool:
-    """Takes out of a message whether it is to be trained."""
-    trained = True
-    for key, yes, no in (("train", True, False), ("loss", True, False), ("weight", 1, 0)):
-        value = rest.pop(key, yes)
-        if value not in (yes, no) or isinstance(value, bool) != isinstance(yes, bool):
-            raise ValueError(f"{where}.{key} must be {'true or false' if yes is True else '1 or 0'}, not {shown(value)}")
-        trained = trained and value == yes
-    return trained
+def take_weight(rest: dict, where: str) -> float:
+    """Takes out of a message how much it counts in the loss: 1 if it is to be trained, 0 if not."""
+    weight = 1
+    for key in [key for key in WEIGHTS if key in rest]:
+        value, (known, is_known) = rest.pop(key), WEIGHTS[key]
+        if not is_known(value):
+            raise ValueError(f"{where}.{key} must be {known}, not {shown(value)}")
+        weight *= value
+    return weight
 
 
 def join_parts(parts: list, thought: object, where: str) -> tuple[str, object]:

@@ -572,7 +572,7 @@ def test_a_weight_of_another_kind_is_refused(key, wrong, words):
 def test_each_mark_leaves_an_answer_out_by_itself():
     for marks in itertools.product([True, False, None], [True, False, None], [1, 0, 1.0, 0.0, None]):
         answer = {"role": "assistant", "content": "a", **dict(zip(("train", "loss", "weight"), marks))}
-        assert to_conversation([*chat("q"), answer]).messages[1]["train"] is all(mark in (True, None) for mark in marks)
+        assert to_conversation([*chat("q"), answer]).messages[1]["train"] == all(mark in (True, None) for mark in marks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -861,7 +861,7 @@ def check_unchanged(row: object) -> None:
                 "role", "content", "train", "reasoning_content", "tool_calls", "tool_call_id", "name"}
             assert message["role"] in {"system", "developer", "user", "assistant", "tool"}
             texts = [message[key] for key in set(message) - {"train", "tool_calls"}]
-            assert all(type(text) is str for text in texts) and type(message["train"]) is bool
+            assert all(type(text) is str for text in texts) and message["train"] in (1, 0)
             for each in message.pop("tool_calls", ()):
                 assert type(each["id"]) is str and each["type"] == "function" and set(each["function"]) == {"name", "arguments"}
                 each["function"].clear()
