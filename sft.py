@@ -40,7 +40,7 @@ def get_lr(step: int, total_steps: int, warmup: float, peak: float) -> float:
 
     A pure function of the step, so nothing has to be restored. Loshchilov & Hutter 2017 (SGDR), eq. 5, with one period.
     """
-    warmup_steps = max(1, min(round(warmup * total_steps), total_steps - 1))  # of which the last step is none
+    warmup_steps = max(1, min(round(warmup * total_steps), total_steps - 1))  # the last step is no part of them
     if step <= warmup_steps:
         return peak * (step / warmup_steps)  # exactly the peak at its end
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
