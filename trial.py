@@ -80,12 +80,15 @@ def whole_batch(ids: torch.Tensor, *ends: int) -> dict:
     With several `ends`, where each document ends, they are packed; otherwise they are one padded row.
     """
     ends = torch.tensor([0, *(ends or [ids.shape[1]])], device=ids.device)
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in ends.diff().tolist()])
+    lengths = ends.diff().tolist()
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
+    documents = torch.cat([torch.full((length,), i, device=ids.device) for i, length in enumerate(lengths)])
     targets = positions.nonzero().squeeze(1)
     packed = len(ends) > 2
     return {"target_combined_input_ids": ids, "target_combined_attention_mask": torch.ones_like(ids), "target_labels": ids,
-            "target_positions": targets, "predicting_positions": targets - 1, "position_ids": positions[None],
-            "document_ends": ends.int() if packed else None, "longest": ends.diff().max().item(), "n_documents": len(ends) - 1}
+            "target_positions": targets, "predicting_positions": targets - 1, "target_documents": documents[targets],
+            "position_ids": positions[None], "document_ends": ends.int() if packed else None,
+            "longest": ends.diff().max().item(), "n_documents": len(ends) - 1}
 
 
 @torch.compiler.set_stance("force_eager")

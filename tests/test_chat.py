@@ -788,7 +788,7 @@ def test_rows_without_an_answer_are_dropped_and_counted(tmp_path):
         assert kept.counts["rows"] == 8 and kept.counts["dropped: nothing to train"] == 5
         assert kept.place("dropped: nothing to train") == f"{tmp_path / 'x.jsonl'}:2"
         assert kept.lines.tolist() == [1, 7, 8] and kept.answers.tolist() == [-1, -3, -1]
-        targets = [targets_of(encoder, Encoded(*(column.tolist() for column in kept[i]), 0)) for i in range(3)]
+        targets = [targets_of(encoder, Encoded(*(column.tolist() for column in kept[i][0]), 0)) for i in range(3)]
         assert targets == [[template.target(answer)] for answer in ("a", "a", "a2")]
 
 
@@ -1151,14 +1151,15 @@ def fetched(task, monkeypatch):
 def test_the_test_splits_of_named_data_sets_are_held_out(fetched):
     *_, names, held_out_names, _ = load(["ultrachat*3", "s1k", "more"], form="conditional")  # s1k has none, nor has a file
     assert names == {"a.jsonl": 40, "more/b.jsonl": 7, "more/c.json": 5} and held_out_names == {"eval.jsonl": 4}
-    assert fetched == [("ultrachat", "train", True), ("s1k", "train", True), ("more", "train", True), ("ultrachat", "test", True)]
+    assert fetched == [("ultrachat", "train", "conditional"), ("s1k", "train", "conditional"), ("more", "train", "conditional"),
+                       ("ultrachat", "test", "conditional")]
     fetched.clear()
     assert load(["ultrachat", "hh"], ["more", "oasst"])[3] == {"eval.jsonl": 4, "more/b.jsonl": 7, "more/c.json": 5}
-    assert [call for call in fetched if call[1] == "test"] == [("more", "test", False), ("oasst", "test", False)]
+    assert [call for call in fetched if call[1] == "test"] == [("more", "test", ""), ("oasst", "test", "")]
     fetched.clear()
-    assert load(["ultrachat"], eval_fraction=0.2)[3] == {"a.jsonl": 2} and fetched == [("ultrachat", "train", False)]
+    assert load(["ultrachat"], eval_fraction=0.2)[3] == {"a.jsonl": 2} and fetched == [("ultrachat", "train", "")]
     fetched.clear()
-    assert not load(["s1k"])[3] and fetched == [("s1k", "train", False)]
+    assert not load(["s1k"])[3] and fetched == [("s1k", "train", "")]
 
 
 def test_a_folder_named_like_a_data_set_is_not_held_out_from_itself(task):

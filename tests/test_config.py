@@ -28,6 +28,7 @@ from configs.base import (
     SEED,
     Config,
     ConfigError,
+    DPOConfig,
     brief,
     changes,
     check,
@@ -86,7 +87,7 @@ def config_file(tmp_path):
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_every_config_file_loads_and_names_its_own_command(file, world_size):
-    config = load_config(["--config", str(file), "datasets=[x.jsonl]"], world_size)
+    config = load_config(["--config", str(file), "datasets=[x.jsonl]"], world_size, None, Config, DPOConfig)
     assert config.datasets == ["x.jsonl"] and config.exp_name
     assert f"--config configs/{file.name}" in file.read_text()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, write_model
 from forked import run_forked
 from safetensors.torch import load_file
@@ -221,7 +220,8 @@ def noisy_nll(rows, packing: bool, dtype=torch.float64) -> Callable:
                 [(i, 0, n) for i, n in enumerate(batch["target_combined_attention_mask"].sum(1).tolist())]
             for i, start, stop in places:
                 size = ALPHA / math.sqrt((stop - start) * model.config.hidden_size)
-                logps.append(logps_of(model, ids[i, start:stop].numpy(), targets[i, start:stop].numpy(), size * noise[i, start:stop]))
+                own, on = ids[i, start:stop].numpy(), targets[i, start:stop].numpy()
+                logps.append(logps_of(model, own, on, size * noise[i, start:stop]))
         return -torch.cat(logps).mean()
     return loss
 
@@ -246,8 +246,8 @@ def test_neftune_s_noise_is_that_of_its_formula_and_none_in_evaluation(fork_of, 
 @pytest.mark.slow
 def test_a_resumed_run_draws_the_noise_that_the_straight_one_drew(fork_of):
     tree, argv = fork_of("neftune"), ("n_epochs=4", f"neftune_alpha={ALPHA}")
-    for name, more, n_processes in (("straight", (), 2), ("resumed", ["model.from_checkpoint=runs/straight/checkpoints/step-2"], 2)):
-        run(tree, name, *argv, *more, n_processes=n_processes)
+    for name, more in (("straight", ()), ("resumed", ["model.from_checkpoint=runs/straight/checkpoints/step-2"])):
+        run(tree, name, *argv, *more, n_processes=2)
     own, its = weights_of(tree, "resumed"), weights_of(tree, "straight")
     assert own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in its)
 
@@ -259,7 +259,8 @@ WEIGHTED = [  # (the weights of what is trained, row)
     ([0.5], {"messages": exchange("reverse ABC", "CBA", weight=0.5)}),
     ([2, 0.25], {"messages": exchange("sort 321", "123", weight=2) + exchange("add 2 and 3", "5", weight=0.25)}),
     ([1.5], {"messages": exchange("last letter of AB", "B", weight=0) + exchange("first letter of AB", "A", weight=1.5)}),
-    ([3], {"messages": exchange("count A in ABA", "2", weight=0.5, train=False) + exchange("sort 21", "12", weight=3, train=True)}),
+    ([3], {"messages": exchange("count A in ABA", "2", weight=0.5, train=False)
+           + exchange("sort 21", "12", weight=3, train=True)}),
     ([1], {"prompt": "double each letter of XYZ", "completion": "XXYYZZ"}),
     ([1], {"text": "ABC DEF"}),
     ([0.75], {"messages": exchange("reverse " + "QRST " * 24, "TSRQ", weight=4) + exchange("sort 54321", "12345", weight=0.75)}),
@@ -276,7 +277,8 @@ def test_an_answer_weighs_in_the_loss_as_its_message_says(fork_of, n_processes, 
         {**message, "weight": float(message.get("weight", 1) > 0)} for message in row["messages"]]} for _, row in WEIGHTED]
     (tree / "plain").mkdir(exist_ok=True)
     write_rows(tree / "plain", plain)
-    rows = tokenise([tree / "plain/train.jsonl"], ChatEncoder(load_tokenizer(str(tree / "model"), ""), 96, 48), str(tree / "plain"))
+    encoder = ChatEncoder(load_tokenizer(str(tree / "model"), ""), 96, 48)
+    rows = tokenise([tree / "plain/train.jsonl"], encoder, str(tree / "plain"))
     assert rows.counts["examples"] == len(WEIGHTED) and rows.counts["examples truncated"] == 1  # which loses its first exchange
     documents = []
     for i, (weights, _) in enumerate(WEIGHTED):
@@ -311,8 +313,9 @@ def test_a_weight_that_is_no_number_is_refused(fork_of, weight):
 # orpo
 
 PAIRS = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in [
-    ("reverse ABC", "CBA", "ABC"), ("sort 321", "123", "3"), ("add 2 and 3", "5", "23 23 23"), ("last letter of ABCD", "D", "A"),
-    ("count A in ABA", "2", "1"), ("double each letter of XY", "XXYY", "XY"), ("sort 21", "12", "21 21"), ("first of AB", "A", "B")]]
+    ("reverse ABC", "CBA", "ABC"), ("sort 321", "123", "3"), ("add 2 and 3", "5", "23 23 23"),
+    ("last letter of ABCD", "D", "A"), ("count A in ABA", "2", "1"), ("double each letter of XY", "XXYY", "XY"),
+    ("sort 21", "12", "21 21"), ("first of AB", "A", "B")]]
 
 
 @pytest.mark.slow
@@ -358,8 +361,9 @@ class Muon:
         self.inner = [weight for name, weight in named.items() if ".layers." in name and weight.ndim == 2]
         assert len(self.inner) == 2 * 7
         rest = [weight for weight in named.values() if all(weight is not other for other in self.inner)]
-        self.adamw = torch.optim.AdamW([{"params": [weight for weight in rest if weight.ndim == 2], "weight_decay": 0.1},
-                                        {"params": [weight for weight in rest if weight.ndim == 1], "weight_decay": 0.0}], eps=1e-5)
+        groups = [{"params": [weight for weight in rest if weight.ndim == n], "weight_decay": decay}
+                  for n, decay in ((2, 0.1), (1, 0.0))]
+        self.adamw = torch.optim.AdamW(groups, eps=1e-5)
         self.param_groups, self.means = self.adamw.param_groups, [torch.zeros_like(weight) for weight in self.inner]
 
     @torch.no_grad()
