@@ -221,6 +221,16 @@ def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
                                                                   scale=scale)[0]
 
 
+choose = torch.where
+
+
+def where(condition, *values, **kwargs):
+    """torch.where, of whose numbers C++ would make tensors on meta; torch's own backwards call it with some."""
+    made = [value if torch.is_tensor(value) else torch.full((), value, dtype=torch.result_type(*values), device=condition.device)
+            for value in values]
+    return choose(condition, *made, **kwargs)
+
+
 def really(function):
     """Returns the function, done on real tensors: C++ reads the numbers."""
     def inner(*args, **kwargs):
@@ -282,8 +292,8 @@ def replacements(hears: FakeGPU, n_ranks: int) -> dict:
             "synchronize": hears.wait, "Stream": Stream, "Event": Stream, "current_stream": lambda device=None: stream,
             "stream": lambda stream: stream}
     return {
-        torch: {"tensor": tensor}, torch.cuda: cuda, torch.accelerator: {"current_stream": cuda["current_stream"]},
-        torch.UntypedStorage: {"resize_": resize_},
+        torch: {"tensor": tensor, "where": where}, torch.cuda: cuda, torch.UntypedStorage: {"resize_": resize_},
+        torch.accelerator: {"current_stream": cuda["current_stream"]},
         torch.Tensor: {"to": move, "new_tensor": new_tensor, "pin_memory": lambda tensor: tensor,
                        "is_pinned": lambda tensor: True, "record_stream": lambda tensor, stream: None},
         torch.nn.functional: {"scaled_dot_product_attention": attend} if hears.device == DEVICE else {},

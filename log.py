@@ -73,6 +73,15 @@ def make_trackers(run_dir: Path, settings: dict) -> list:
     return wanted + ([TensorBoardTracker(run_dir)] if settings["tensorboard"] else [])
 
 
+# The means over held-out examples that are told of, where a run has them: by what they are multiplied, their digits, their unit
+TOLD = {"loss/eval": (1, ".4f", ""), "accuracy/eval": (100, ".0f", " %"), "margin/eval": (1, ".2f", "")}
+
+
+def told(key: str, *values: float | None) -> str:
+    factor, digits, unit = TOLD[key]
+    return " → ".join("not finite" if value is None else f"{factor * value:{digits}}" for value in values) + unit
+
+
 class Log:
     """metrics.jsonl, the progress bar and the trackers, written by rank 0.
 
@@ -118,7 +127,8 @@ class Log:
 
     def add_evaluation(self, step: int, counter: int, means: dict) -> None:
         self.write({"step": step, "counter": counter, **means})
-        say(f"step {step}: held-out loss {means['loss/eval']:.4f}")
+        say(f"step {step}: held-out "
+            + ", ".join(f"{key.removesuffix('/eval')} {told(key, means[key])}" for key in TOLD if key in means))
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
@@ -149,16 +159,15 @@ class Log:
     def summary(self, questions: list[dict], answers: dict[int, list[str]], final: Path) -> str:
         """Returns what a run ends with; answers are by step, as show_answers takes them."""
         steps = [record for record in self.records if record.get("loss/train") is not None]
-        evals = [record["loss/eval"] for record in self.records if "loss/eval" in record]
         lines = [f"{self.last['step']} steps, {time.perf_counter() - self.started:.0f} s since the start, "
                  f"peak memory {self.last.get('peak_memory_gb', 0):.1f} GB"]
         if steps:
             lines.append(f"loss/train {steps[0]['loss/train']:.4f} → {steps[-1]['loss/train']:.4f}")
         if len(steps) >= 10:
             lines.append(plot([record["loss/train"] for record in steps]))
-        if evals:
-            before, after = ("not finite" if loss is None else f"{loss:.4f}" for loss in (evals[0], evals[-1]))
-            lines.append(f"loss/eval {before} → {after}")
+        for key in TOLD:
+            if values := [record[key] for record in self.records if key in record]:
+                lines.append(f"{key} {told(key, values[0], values[-1])}")
         if questions:
             lines.append(show_answers(questions, answers))
         return "\n".join([*lines, f"saved to {final}; to talk to it: python generate.py {final}"])

@@ -1,4 +1,5 @@
-"""Draws the metrics.jsonl of one run or of several as one page: losses, learning rate, gradient norm, speed and memory.
+"""Draws the metrics.jsonl of one run or of several as one page: losses, learning rate, gradient norm, speed and memory;
+and where they compare answers, as dpo.py's do, margins and accuracy.
 
     python plot.py .cache/llama3-8B-sft .cache/llama3-8B-lora --out plot.png    # needs matplotlib
 """
@@ -15,7 +16,12 @@ from script import Options, fail, one_line, printable, why_not_writable
 PANELS = {"loss/train": "Training loss (nats per target)", "loss/eval": "Held-out loss (nats per target)",
           "grad_norm": "Gradient norm, before clipping", "lr": "Learning rate (× 10⁻⁶)",
           "tokens_per_second": "Throughput (tokens/s)", "peak_memory_gb": "Peak memory of rank 0 (GB)"}
-KEYS = (*PANELS, "skipped_steps")  # of a record that are drawn
+# Two more, where a run holds them, each with the held-out ones beside those of the training
+COMPARED = {"margin/train": "Margin (held out: with markers)", "accuracy/train": "Accuracy (%; held out: with markers)"}
+HELD_OUT = {"margin/train": "margin/eval", "accuracy/train": "accuracy/eval"}
+KEYS = (*PANELS, *COMPARED, *HELD_OUT.values(), "skipped_steps")  # of a record that are drawn
+NOISY = ("loss/train", "grad_norm", "tokens_per_second", *COMPARED)
+FACTORS = {"lr": 1e6, "accuracy/train": 100, "accuracy/eval": 100}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe & Ito's: the colour-blind tell them apart
 
 
@@ -66,17 +72,18 @@ def moving_mean(values: np.ndarray) -> np.ndarray:
 def draw(runs: dict[str, dict[str, np.ndarray]]):
     """Returns a matplotlib Figure of {name: what read_run returns}."""
     from matplotlib import figure, lines, ticker
-    page = figure.Figure(figsize=(7.2, 4.4), dpi=300, layout="constrained")
-    axes, legend = dict(zip(PANELS, page.subplots(2, 3, sharex=True).flat)), {}
+    panels = PANELS | (COMPARED if any(run[key].size for run in runs.values() for key in COMPARED | HELD_OUT) else {})
+    page = figure.Figure(figsize=(1.2 * len(panels), 4.4), dpi=300, layout="constrained")
+    axes, legend = dict(zip(panels, page.subplots(2, len(panels) // 2, sharex=True).flat)), {}
     axes["loss/eval"].sharey(axes["loss/train"])
     for (name, run), colour, marker in zip(runs.items(), COLOURS, "os^DvP"):
         legend[name] = lines.Line2D([], [], color=colour, marker=marker, markersize=3.5, linewidth=1.2)
-        for key, ax in axes.items():
-            x, y = run[key][0], run[key][1] * (1e6 if key == "lr" else 1)
-            if key in ("loss/train", "grad_norm", "tokens_per_second") and len(y):  # these are noisy
+        for key, ax in [*axes.items(), *((HELD_OUT[key], axes[key]) for key in axes if key in HELD_OUT)]:
+            x, y = run[key][0], run[key][1] * FACTORS.get(key, 1)
+            if key in NOISY and len(y):
                 ax.plot(x, y, color=colour, linewidth=0.5, alpha=0.3)
                 y = moving_mean(y)
-            ax.plot(x, y, color=colour, linewidth=1.2, marker=marker if key == "loss/eval" else "", markersize=3.5)
+            ax.plot(x, y, color=colour, linewidth=1.2, marker=marker if key.endswith("/eval") else "", markersize=3.5)
         x = run["skipped_steps"][0][np.diff(run["skipped_steps"][1], prepend=0) > 0]
         for ax in (axes["loss/train"], axes["grad_norm"]):  # at the foot, for a skipped step may have no value
             ax.plot(x, 0 * x + 0.03, "x", color=colour, markersize=4, transform=ax.get_xaxis_transform())
@@ -87,14 +94,16 @@ def draw(runs: dict[str, dict[str, np.ndarray]]):
     for text in texts:
         text.set_parse_math(False)  # a name may hold dollars
     for key, ax in axes.items():
-        ax.set_title(PANELS[key], fontsize=7.5, loc="left")
+        ax.set_title(panels[key], fontsize=7.5, loc="left")
         ax.tick_params(which="both", labelsize=6.5, length=2)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", linewidth=0.3, color="0.85")
         low, high = ax.dataLim.intervaly
         if key in ("lr", "tokens_per_second", "peak_memory_gb"):
             ax.set_ylim(0, 1.08 * high if high > 0 else 1)
-        elif 0 < 10 * low < high:
+        elif key == "accuracy/train":
+            ax.set_ylim(0, 104)
+        elif key not in COMPARED and 0 < 10 * low < high:
             ax.set_yscale("log", subs=(2, 5))
         number = ticker.EngFormatter(sep="") if high >= 1000 else "{x:g}"
         ax.yaxis.set(major_formatter=number, minor_formatter=number)

@@ -4,9 +4,10 @@
     python will_it_fit.py --config configs/llama.py --gpus 4 --gib 80          # and what would make it fit
     python will_it_fit.py --config configs/llama.py --gpus 1 model.use_peft=true model.max_length=4096
 
-It takes sft.py's own arguments, and sends sft.py's own code (the model's class, sharding, loss, optimizer, evaluation, answers,
-export) through fake tensors: see fake_gpu.py. It takes rows of max_length tokens, as many as a microbatch may have, of each of
-which the last half are targets. A compiled run is counted as if it were not, of which it takes a little less.
+It takes sft.py's arguments, or dpo.py's, and sends the script's own code (the model's class, sharding, loss, optimizer,
+evaluation, answers, export) through fake tensors: see fake_gpu.py. It takes documents of max_length tokens, as many as a
+microbatch may have, of each of which the last half are targets. A compiled run is counted as if it were not, of which it takes
+a little less. The time is that of the steps; before them dpo.py takes as long as a third of an epoch, for its reference.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-from configs.base import Config, ConfigError, load_config
+from configs.base import Config, ConfigError, DPOConfig, load_config
 from script import Options, fail, one_line
 
 if __name__ == "__main__":
@@ -29,24 +30,16 @@ import torch
 import transformers
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
+import dpo
 import logps
+import model_utils
 import sft
 from data import collate_packed, collate_padded, to_device
 from fake_gpu import DEVICE, META, FakeGPU, fake_gpu
 from fsdp_utils import ModelError, clip_gradients, gather_in_parts, make_mesh, shard_model
 from hub import CONTROL_TOKENS, access_problem
 from log import PEAK_FLOPS, count_flops
-from model_utils import (
-    Unallocated,
-    compute_dtype,
-    generate,
-    grow,
-    load_tokenizer,
-    make_model,
-    make_new_model,
-    make_outline,
-    set_up,
-)
+from model_utils import Unallocated, compute_dtype, generate, load_tokenizer, make_model, make_new_model, make_outline
 from trial import enable_packing
 
 GIB = 2 ** 30
@@ -54,6 +47,9 @@ GIB = 2 ** 30
 # gaps, with expandable segments about a twentieth.
 CARDS, ROOM, GAPS = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}, 1.5, 1.05
 PROCESS = 1.5 * GIB  # of the host's memory, for Python, torch and transformers
+# Whose configuration it is → (documents of an example, its make_optimizer, its get_batch_metrics(model, batch, mode, config))
+SCRIPTS = {Config: (1, sft.make_optimizer, lambda model, batch, mode, config: sft.get_batch_metrics(model, batch, mode, 1)),
+           DPOConfig: (2, dpo.make_optimizer, dpo.get_batch_metrics)}
 # What may make a run fit, the cheapest first
 CHECKPOINTING, SMALLER = "model.activation_checkpointing=true", "model.microbatch_tokens={max_length}"
 REMEDIES = [[SMALLER], [CHECKPOINTING], [CHECKPOINTING, SMALLER], ["model.use_peft=true"],
@@ -115,17 +111,21 @@ def load_outline(name_or_path: str, random_init: dict | None, tokenizer, stop_id
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"{name_or_path}: no config.json can be had: {one_line(error)}") from error
     model.weight_files = {}
-    return set_up(model, tokenizer, stop_ids, grow(model, len(tokenizer)), fuse=False)
+    return model_utils.set_up(model, tokenizer, stop_ids, model_utils.grow(model, len(tokenizer)), fuse=False)
 
 
 def make_batches(config: Config, n_ranks: int, packing: bool) -> list[dict]:
     """Returns the largest microbatch of a run, twice where a step may have several: gradients stay from one to the next."""
-    model = config.model
-    most, rows = max(1, model.microbatch_tokens // model.max_length), math.ceil(model.batch_size / n_ranks)
-    n_rows, several = min(most, rows // model.gradient_accumulation_steps), model.gradient_accumulation_steps > 1 or rows > most
-    row = np.zeros(model.max_length, np.int64), np.arange(model.max_length) >= model.max_length // 2
-    batch = (collate_packed if packing else collate_padded)([row] * n_rows, 0)
-    return [{**batch, "n_documents": n_rows, "global_token_count": n_rows * model.max_length}] * (2 if several else 1)
+    model, n_documents = config.model, SCRIPTS[type(config)][0]
+    most, examples = max(1, model.microbatch_tokens // model.max_length // n_documents), math.ceil(model.batch_size / n_ranks)
+    several = model.gradient_accumulation_steps > 1 or examples > most
+    n_examples = min(most, examples // model.gradient_accumulation_steps)
+    n_documents *= n_examples
+    document = np.zeros(model.max_length, np.int64), np.arange(model.max_length) >= model.max_length // 2
+    batch = (collate_packed if packing else collate_padded)([document] * n_documents, 0)
+    counts = {"n_documents": n_documents, "n_examples": n_examples, "global_token_count": n_documents * model.max_length}
+    columns = {"reference": torch.zeros(n_documents), "n_targets": torch.ones(n_documents, dtype=torch.int32)}  # dpo.py's
+    return [{**batch, **counts, **columns}] * (2 if several else 1)
 
 
 @contextlib.contextmanager
@@ -147,6 +147,7 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
     On CPUs too, where it can be held against what a run really takes.
     """
     wanted, peaks, parts = config.model, {}, {}
+    n_documents, make_optimizer, get_batch_metrics = SCRIPTS[type(config)]
 
     @contextlib.contextmanager
     def phase(name: str, part: str = "activations") -> Iterator[None]:
@@ -163,19 +164,19 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
             model = make_unallocated(config, gpu)
             shard_model(model, make_mesh(device, wanted.replicas), "target_logps", dtype=compute_dtype(device),
                         recompute=wanted.activation_checkpointing, offload=wanted.cpu_offload)
-            optimizer = sft.make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
+            optimizer = make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
         with phase("the trial"):
             packing = wanted.packing and enable_packing(model, device)
         batches = make_batches(config, n_ranks, packing)
         for name in ("the first step", "a step"):  # the second has the optimizer's state from its start
             with phase(name):
                 for batch in batches:
-                    sft.get_batch_metrics(model, to_device(batch, device), "train", 1)[0].backward()
+                    get_batch_metrics(model, to_device(batch, device), "train", config)[0].backward()
                 clip_gradients(model.parameters(), wanted.max_grad_norm)
                 gpu.counted_as("optimizer", optimizer.step)()
                 optimizer.zero_grad()
         with phase("an evaluation"), torch.no_grad():
-            sft.get_batch_metrics(model.eval(), to_device(batch, device), "eval", 1)
+            get_batch_metrics(model.eval(), to_device(batch, device), "eval", config)
         if config.n_eval_answers:
             n_new = min(256, wanted.max_length - wanted.max_prompt_length)  # as answer in chat.py has it
             prompts = [[0] * (wanted.max_prompt_length + n_new - 1)] * min(64 * n_ranks, config.n_eval_answers)
@@ -187,9 +188,9 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
             del part
         trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         body, head, attention = count_flops(model)
-        flops = wanted.batch_size * (wanted.max_length * (body + head / 2) + wanted.max_length ** 2 * attention)
+        flops = wanted.max_length * (body + head / 2) + wanted.max_length ** 2 * attention  # of a document
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        return Forecast(peaks, parts, gpu.host.peak, 3 * trained, flops, n_parameters)
+        return Forecast(peaks, parts, gpu.host.peak, 3 * trained, wanted.batch_size * n_documents * flops, n_parameters)
 
 
 def try_out(argv: list[str], n_ranks: int) -> Forecast | str:
@@ -197,7 +198,7 @@ def try_out(argv: list[str], n_ranks: int) -> Forecast | str:
     transformers.utils.logging.set_verbosity_error()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
-            return forecast(load_config(argv, n_ranks), n_ranks)
+            return forecast(load_config(argv, n_ranks, None, *SCRIPTS), n_ranks)
         except (ConfigError, ModelError) as error:
             return one_line(error)
         except Exception as error:  # a model may do what fake tensors can't
@@ -233,9 +234,9 @@ def show_remedies(pool, argv: list[str], n_ranks: int, gib: float, config: Confi
 
 def show_time(result: Forecast, config: Config, n_ranks: int) -> None:
     """Prints how long a step takes, and the run, if it is told how many examples it has, and what it leaves on the disk."""
-    wanted = config.model
-    print(f"a step of {wanted.batch_size} rows of {wanted.max_length:,} tokens needs {result.flops / 1e12:,.0f} TFLOP; on "
-          f"{n_ranks} GPUs, at 40 and 50 % of what they can:")
+    wanted, n_tokens = config.model, SCRIPTS[type(config)][0] * config.model.max_length
+    print(f"a step of {wanted.batch_size} rows of {n_tokens:,} tokens needs {result.flops / 1e12:,.0f} TFLOP; on {n_ranks} GPUs, "
+          "at 40 and 50 % of what they can:")
     n_examples = config.n_examples or 100_000
     for card in ("A100", "H100", "H200"):
         slow, fast = (result.flops / (n_ranks * PEAK_FLOPS[card] * part) for part in (0.4, 0.5))
@@ -265,7 +266,7 @@ def main() -> None:
         parser.error("--gpus and --gib must be above 0")
     numbers = [args.gpus] if args.gpus else [1, 2, 4, 8, 16]
     try:
-        config = load_config(argv, numbers[0])
+        config = load_config(argv, numbers[0], None, *SCRIPTS)
     except ConfigError as error:
         fail(error)
     if problem := find_problem(config):

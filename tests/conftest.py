@@ -72,15 +72,16 @@ def write_model(folder: Path, tied: bool = False, dtype: torch.dtype = torch.flo
     model.to(dtype).save_pretrained(folder)
 
 
-def store_rows(folder: Path, documents: list[tuple[np.ndarray, np.ndarray]]) -> TokenisedRows:
-    """Documents as the token cache holds them, one a row, without the file that they come from."""
+def store_rows(folder: Path, documents: list[tuple[np.ndarray, np.ndarray]], n_documents: int = 1) -> TokenisedRows:
+    """Documents as the token cache holds them, so many a row, without the file that they come from."""
     lengths = [len(ids) for ids, _ in documents]
+    rows = np.arange(len(documents)) // n_documents
     columns = {"ids": np.concatenate([ids for ids, _ in documents]), "trained": np.concatenate([on for _, on in documents]),
-               "lengths": lengths, "targets": [on.sum() for _, on in documents], "lines": range(1, len(documents) + 1),
-               "files": [0] * len(documents), "rows": range(len(documents)), "answers": [-1] * len(documents)}
+               "lengths": lengths, "targets": [on.sum() for _, on in documents], "lines": rows + 1,
+               "files": 0 * rows, "rows": rows, "answers": 0 * rows - 1}
     folder.mkdir(parents=True)
     for name, dtype in DTYPES.items():
         np.asarray(columns[name], dtype).tofile(folder / f"{name}.bin")
     np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "offsets.bin")
     (folder / "counts.json").write_text("[{}, {}]")
-    return TokenisedRows(folder, [])
+    return TokenisedRows(folder, [], n_documents)

@@ -5,12 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import store_rows
 
+import dpo
 import sft
 import trial
 from checkpoint import training_state
-from configs.base import Config, ModelConfig
-from data import collate_packed, collate_padded, to_device
+from configs.base import Config, DPOConfig, ModelConfig
+from data import SFTDataLoader, collate_packed, collate_padded, to_device
 from fake_gpu import DEVICE, fake_gpu
 from fsdp_utils import (
     accumulate,
@@ -53,15 +55,29 @@ def make_batch(packing: bool) -> dict:
     return {**(collate_packed if packing else collate_padded)(rows, 0), "n_documents": 3, "global_token_count": 55}
 
 
-def take_step(gpu, model, optimizer, packing: bool) -> tuple[list, Counter, list]:
-    """Takes a step of two microbatches as sft.main does; returns (waits of each, waits of the rest, collectives)."""
+def make_pairs(packing: bool) -> dict:
+    rows = [(np.random.default_rng(n).integers(3, 256, n), np.arange(n) >= 5) for n in (16, 9, 30, 12)]
+    return {**(collate_packed if packing else collate_padded)(rows, 0), "n_documents": 4, "n_examples": 2,
+            "global_token_count": 67, "reference": torch.zeros(4), "n_targets": torch.tensor([11, 4, 25, 7], dtype=torch.int32)}
+
+
+def loss_of_rows(model, mode: str, packing: bool):
+    return sft.get_batch_metrics(model, to_device(make_batch(packing), DEVICE), mode, 40)
+
+
+def loss_of_pairs(model, mode: str, packing: bool):
+    return dpo.get_batch_metrics(model, to_device(make_pairs(packing), DEVICE), mode, DPOConfig())
+
+
+def take_step(gpu, model, optimizer, packing: bool, get_loss=loss_of_rows) -> tuple[list, Counter, list]:
+    """Takes a step of two microbatches as main does; returns (waits of each, waits of the rest, collectives)."""
     sums, waits = {}, []
     gpu.collectives.clear()
     for last in (False, True):
         gpu.waits.clear()
         assert not on_any_rank(False)  # is to end
         model.set_requires_all_reduce(last)
-        loss, metrics = sft.get_batch_metrics(model, to_device(make_batch(packing), DEVICE), "train", 40)
+        loss, metrics = get_loss(model, "train", packing)
         loss.backward()
         accumulate(sums, metrics)
         waits.append(Counter(gpu.waits))
@@ -80,18 +96,19 @@ WAITING = {"offloaded": "a gradient is waited for before the optimizer takes it 
            "a mixture": "transformers' experts ask how many tokens each has"}
 
 
-@pytest.mark.parametrize("n_ranks", [1, 4, 8])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_raises_nothing_and_waits_once_a_step_for_the_norm_and_once_for_the_log(way, n_ranks):
+@pytest.mark.parametrize("way, n_ranks, get_loss", [
+    *((way, n_ranks, loss_of_rows) for way in WAYS for n_ranks in (1, 4, 8)),
+    *((way, 4, loss_of_pairs) for way in ("full", "LoRA", "padded", "a mixture"))])
+def test_a_run_raises_nothing_and_waits_once_a_step_for_the_norm_and_once_for_the_log(way, n_ranks, get_loss):
     with fake_gpu(n_ranks) as gpu:
         model, optimizer, packing = make_run(n_ranks, **WAYS[way])
         assert packing == (way != "padded")
         for _ in range(2):  # the second has what the first has made
-            in_microbatches, in_rest, _ = take_step(gpu, model, optimizer, packing)
+            in_microbatches, in_rest, _ = take_step(gpu, model, optimizer, packing, get_loss)
         if way not in WAITING:
             assert in_microbatches == [{}, {}]
             assert in_rest.total() == 2
-        sft.get_batch_metrics(model.eval(), to_device(make_batch(packing), DEVICE), "eval", 40)
+        get_loss(model.eval(), "eval", packing)
         assert [len(answer) for answer in generate(model, [[3, 4, 5], [6]], 4)][:2] == [4, 4]
         tensors = training_state(model, optimizer)
         assert all(tensor.is_cuda != (way == "offloaded") for name, tensor in tensors.items() if not name.endswith("step"))
@@ -140,6 +157,26 @@ def test_a_wait_is_heard(kind):
         gpu.waits.clear()
         WAITS[kind](loss)
         assert gpu.waits == {f"test_fake_gpu.py:{WAITS[kind].__code__.co_firstlineno}": 1}
+
+
+@pytest.mark.parametrize("other, dtype", [(0, torch.float32), (0.0, torch.float32), (None, torch.int64)])
+def test_a_number_is_chosen_as_a_tensor_is(other, dtype):
+    with fake_gpu(1):
+        x = torch.ones(3, device=DEVICE, requires_grad=True)
+        out = torch.where(x > 0, 1, 0) if other is None else torch.where(x > 0, x, other)
+        assert out.dtype == dtype and out.is_cuda and out.shape == (3,)
+        torch.nn.functional.logsigmoid(x).sum().backward()  # whose decomposition chooses between numbers
+        assert x.grad.is_cuda
+
+
+def test_the_reference_is_computed_without_a_wait_but_for_its_sum_at_the_end(tmp_path):
+    rows = store_rows(tmp_path / "rows", [(np.arange(3, 3 + n), np.arange(n) >= 5) for n in (16, 9, 30, 12, 8, 8)], n_documents=2)
+    with fake_gpu(4) as gpu:
+        model, _, packing = make_run(4)
+        loader = SFTDataLoader(rows, np.arange(3), 3, batch_size=4, pad_id=0, packing=packing, microbatch_tokens=64, world_size=4)
+        gpu.waits.clear()
+        logps = dpo.reference_logps(model, loader, DEVICE)
+        assert logps.shape == (3, 2) and gpu.waits == {}
 
 
 def test_tensors_hold_what_they_would():

@@ -424,6 +424,19 @@ def test_a_summary_ends_with_how_to_talk_to_the_model(make_log, clock):
     assert lines[13:] == ["loss/eval 4.0000 → 3.2500", *show_answers(questions, {11: ["2"]}).split("\n"), last]
 
 
+def test_accuracy_and_margin_are_told_where_the_records_hold_them(make_log, capsys):
+    log = make_log()
+    log.add_evaluation(0, 0, {"loss/eval": math.log(2), "margin/eval": 0.0, "accuracy/eval": 0.0, "logps/eval/chosen": -1.0})
+    assert capsys.readouterr().out.endswith("step 0: held-out loss 0.6931, accuracy 0 %, margin 0.00\n")
+    take_step(log, 1, 4, means={"loss/train": 0.5, "margin/train": 1.0, "accuracy/train": 0.5})
+    log.add_evaluation(1, 4, {"loss/eval": 0.25, "margin/eval": math.nan, "accuracy/eval": 0.996})
+    lines = log.summary([], {}, Path("FINAL")).split("\n")
+    assert lines[2:5] == ["loss/eval 0.6931 → 0.2500", "accuracy/eval 0 → 100 %", "margin/eval 0.00 → not finite"]
+    rewards = {"loss/eval": 0.25, "margin/eval": 3.214, "accuracy/eval": 0.5}
+    log.add_evaluation(2, 8, rewards)
+    assert log.summary([], {}, Path("FINAL")).split("\n")[3:5] == ["accuracy/eval 0 → 50 %", "margin/eval 0.00 → 3.21"]
+
+
 def test_a_run_without_evaluations_or_finite_losses_has_a_summary(make_log):
     log = make_log()
     for step in (1, 2):

@@ -96,6 +96,33 @@ def test_a_step_without_a_loss_leaves_a_gap_and_a_mark(tmp_path):
     assert "skipped step" in names_in(figure)
 
 
+def add_pairs(records: list[dict]) -> list[dict]:
+    """As dpo.py logs them besides."""
+    means = {"train": lambda n: {"margin/train": n / 4 - 0.5, "accuracy/train": min(1, n / 10)},
+             "eval": lambda n: {"margin/eval": n / 8, "accuracy/eval": n / 40}}
+    return [record | means["eval" if "loss/eval" in record else "train"](record["counter"]) for record in records]
+
+
+@pytest.mark.filterwarnings("error")
+def test_margins_and_accuracy_are_drawn_where_a_run_holds_them(tmp_path):
+    figure = draw_runs(tmp_path, {"rows": make_records(), "pairs": add_pairs(make_records())})
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == [*plot.PANELS.values(), *plot.COMPARED.values()] and figure.get_size_inches().tolist() == [9.6, 4.4]
+    counters, drawn = [4.0 * step for step in range(1, 9)], {}
+    for key, ax in zip(plot.COMPARED, figure.axes[6:]):
+        raw, mean, held_out = drawn[key] = [line for line in ax.get_lines() if len(line.get_xdata())]
+        assert raw.get_xdata().tolist() == counters and held_out.get_xdata().tolist() == [0, 32]
+        assert {line.get_color() for line in drawn[key]} == {plot.COLOURS[1]}
+        assert [line.get_marker() for line in drawn[key]] == ["None", "", "s"] and raw.get_alpha() and not mean.get_alpha()
+    assert drawn["margin/train"][0].get_ydata().tolist() == [n / 4 - 0.5 for n in counters]
+    assert drawn["margin/train"][2].get_ydata().tolist() == [0, 4]
+    assert drawn["accuracy/train"][0].get_ydata().tolist() == [100 * min(1, n / 10) for n in counters]
+    assert drawn["accuracy/train"][2].get_ydata().tolist() == [0, 80]
+    assert figure.axes[7].get_ylim() == (0, 104) and figure.axes[6].get_yscale() == figure.axes[7].get_yscale() == "linear"
+    figure.savefig(tmp_path / "plot.png")
+    assert len(draw_runs(tmp_path / "alone", {"rows": make_records()}).axes) == 6
+
+
 @pytest.mark.parametrize("records", [make_records(n_steps=2, skipped=(1, 2)), make_records(n_steps=2)[:1]],
                          ids=["every step is skipped", "nothing but the first evaluation"])
 @pytest.mark.filterwarnings("error")

@@ -4,20 +4,21 @@ import multiprocessing
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run_script, run_well
+from conftest import ROOT, run_script, run_well, store_rows
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sft
 import will_it_fit
-from configs.base import Config, ModelConfig
-from data import to_device
+from configs.base import Config, DPOConfig, ModelConfig
+from data import SFTDataLoader, to_device
 from fsdp_utils import clip_gradients, make_mesh, shard_model
 from trial import enable_packing
-from will_it_fit import NoTokenizer, forecast, make_batches
+from will_it_fit import SCRIPTS, NoTokenizer, forecast, make_batches
 
 LLAMA = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 256, "tie_word_embeddings": False}
@@ -26,9 +27,9 @@ WAYS = {"full": {}, "recomputed": {"activation_checkpointing": True}, "LoRA": {"
         "several microbatches": {"microbatch_tokens": 256}}
 
 
-def make_config(**settings) -> Config:
+def make_config(kind: type[Config] = Config, **settings) -> Config:
     wanted = {"max_length": 128, "max_prompt_length": 64, "microbatch_tokens": 512, "batch_size": 8} | settings
-    return Config(exp_name="x", model=ModelConfig(random_init=LLAMA, tokenizer_name_or_path="none", **wanted))
+    return kind(exp_name="x", model=ModelConfig(random_init=LLAMA, tokenizer_name_or_path="none", **wanted))
 
 
 def held(tensors) -> int:
@@ -44,12 +45,13 @@ def take_steps(n_ranks: int, config: Config) -> int:
     device = torch.device("cpu")
     model = sft.make_model(config.model, NoTokenizer(), [2], ".cache", device)
     shard_model(model, make_mesh(device), "target_logps", recompute=config.model.activation_checkpointing)
-    optimizer = sft.make_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.0)
+    _, make_optimizer, get_batch_metrics = SCRIPTS[type(config)]
+    optimizer = make_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.0)
     packing = config.model.packing and enable_packing(model, device)
 
     def step() -> None:
         for batch in make_batches(config, n_ranks, packing):
-            sft.get_batch_metrics(model, to_device(batch, device), "train", 1)[0].backward()
+            get_batch_metrics(model, to_device(batch, device), "train", config)[0].backward()
         clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -71,8 +73,9 @@ def take_steps(n_ranks: int, config: Config) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_takes_what_is_foretold(way, n_ranks):
-    config = make_config(**WAYS[way])
+@pytest.mark.parametrize("kind", [Config, DPOConfig])
+def test_a_step_takes_what_is_foretold(kind, way, n_ranks):
+    config = make_config(kind, **WAYS[way])
     with multiprocessing.get_context("spawn").Pool(1) as process:
         taken = process.apply(take_steps, (n_ranks, config))
     foretold = forecast(config, n_ranks, torch.device("cpu")).peaks["a step"]
@@ -91,6 +94,26 @@ def test_what_stays_from_step_to_step_is_the_sum_of_its_parts():
     assert told.flops == 8 * (128 * (body + 6 * 4096 * 128 / 2) + squares)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("settings, n_ranks, n_pairs, n_microbatches", [
+    ({}, 2, 2, 2), ({"microbatch_tokens": 2048}, 2, 4, 1), ({"microbatch_tokens": 767}, 2, 2, 2),
+    ({"microbatch_tokens": 128}, 2, 1, 2), ({"microbatch_tokens": 2048, "gradient_accumulation_steps": 2}, 2, 2, 2)])
+def test_a_microbatch_of_pairs_is_as_large_as_the_loader_makes_it(tmp_path, packing, settings, n_ranks, n_pairs, n_microbatches):
+    config = make_config(DPOConfig, packing=packing, **settings)
+    foretold = make_batches(config, n_ranks, packing)
+    assert len(foretold) == n_microbatches and {batch["n_examples"] for batch in foretold} == {n_pairs}
+    rows = store_rows(tmp_path / "rows", 16 * [(np.zeros(128, int), np.arange(128) >= 64)], n_documents=2)
+    loader = SFTDataLoader(rows, np.arange(8), 8, accumulation=config.model.gradient_accumulation_steps, batch_size=8, pad_id=0,
+                           packing=packing, microbatch_tokens=max(config.model.microbatch_tokens, 128), world_size=n_ranks)
+    made = max(loader, key=lambda batch: batch["n_documents"])
+    for key in ("target_combined_input_ids", "target_positions", "target_documents"):
+        assert foretold[0][key].shape == made[key].shape
+
+
+def test_a_step_of_pairs_computes_two_documents_each():
+    assert forecast(make_config(DPOConfig), 2).flops == 2 * forecast(make_config(), 2).flops
+
+
 def test_answers_new_tokens_and_offloading_are_seen():
     plain = forecast(make_config(), 2)
     config = make_config()
@@ -100,12 +123,13 @@ def test_answers_new_tokens_and_offloading_are_seen():
     assert offloaded.peaks["a step"] < plain.peaks["a step"] and offloaded.host > plain.host
 
 
-def test_the_command_tells_what_fits_and_what_would_make_it_fit(tmp_path):
-    (tmp_path / "config.py").write_text("from configs.base import Config, ModelConfig\nconfig = Config(exp_name='x', "
+@pytest.mark.parametrize("kind", ["Config", "DPOConfig"])
+def test_the_command_tells_what_fits_and_what_would_make_it_fit(tmp_path, kind):
+    (tmp_path / "config.py").write_text(f"from configs.base import {kind}, ModelConfig\nconfig = {kind}(exp_name='x', "
                                         "datasets=['d'], "
                                         f"model=ModelConfig(tokenizer_name_or_path='none', random_init={LLAMA}))\n")
     said = run_well(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 2, "--gib", 0.1, cwd=tmp_path)
-    assert "24/40/48/80/141" in said and "TFLOP" in said
+    assert "24/40/48/80/141" in said and f"32 rows of {'2,048' if kind == 'Config' else '4,096'} tokens needs" in said
     assert re.search(r"^  model.activation_checkpointing=true: 1.\d GiB$", said, re.MULTILINE)
     assert re.search(r"^  --gpus 4: 1.\d GiB$", said, re.MULTILINE)
     failed = run_script(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 3, cwd=tmp_path)
