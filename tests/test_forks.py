@@ -134,7 +134,6 @@ class Reference:
         assert [step["grad_norm"] for step in steps] == pytest.approx(self.norms, rel=2e-5)
         for name, weight in self.model.named_parameters():
             moved = (weight - self.start[name]).norm()
-            print(name, ((final[name] - weight).norm() / moved).item())
             assert moved > 1e-3 and (final[name] - weight).norm() < 1e-4 * moved, name
 
 
@@ -405,7 +404,6 @@ def test_muon_makes_the_same_step_on_one_rank_and_on_two(muon):
     tree, _ = muon
     start, one, two = load_file(tree / "model/model.safetensors"), weights_of(tree, "run-0"), weights_of(tree, "run-2")
     for name in start:
-        print(name, ((one[name] - two[name]).norm() / (one[name] - start[name]).norm()).item())
         assert (one[name] - two[name]).norm() < 1e-5 * (one[name] - start[name]).norm(), name
 
 
