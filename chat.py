@@ -194,8 +194,12 @@ class ChatEncoder:
         Those of several conversations are cut alike: by the longest of them, so that they keep the same context.
         """
         lengths = [sum(len(self.encode_group(group)[0]) for group in plan.groups) if len(plans) > 1 else 0 for plan in plans]
-        return [*zip(*([*plan.pieces, *(document for group in plan.groups for document in self.from_group(
+        examples = [*zip(*([*plan.pieces, *(document for group in plan.groups for document in self.from_group(
             plan.messages, plan.tools, group, max(lengths) - length))] for plan, length in zip(plans, lengths)))]
+        for example in examples if len(plans) > 1 else ():
+            if len({tuple(it.ids[:np.flatnonzero(it.trained)[0]]) for it in example if any(it.trained)}) > 1:
+                raise ValueError("what is asked comes out differently before each of its answers")
+        return examples
 
     def from_group(self, messages: list[dict], tools: list[dict], group: list[Answer], n_more: int = 0) -> list[Document]:
         """A sequence → the document that it is; or what is left of it where it, and n_more tokens, are too long.
@@ -276,12 +280,12 @@ class ChatEncoder:
             counts["rows"] += 1
             try:
                 conversations = self.read_row(row)
-                for key in set().union(*(conversation.unread for conversation in conversations)):
+                for key in sorted(set().union(*(conversation.unread for conversation in conversations))):
                     count(f"unread: {one_line(key)}", line)
                 if any(self.template.control.search(words_of(it)) for it in conversations):  # it would become that token
                     count("dropped: a text spells a control token", line)
                     continue
-                if left_out := sum(conversation.n_left_out for conversation in conversations):
+                if left_out := conversations[0].n_left_out:
                     count("answers before the first question, left out", line, left_out)
                 plans.append((number, line, [self.plan(conversation) for conversation in conversations]))
             except (ValueError, RecursionError) as error:  # the latter on showing a value that is nested deeply
@@ -324,8 +328,8 @@ class ChatEncoder:
             "in words" if messages else "a text"
 
     def count_example(self, example: tuple[Document, ...], counts: Counter) -> bool:
-        """Counts it; returns whether it is kept: whether each of its documents has a target."""
-        kept = all(any(document.trained) for document in example)
+        """Counts it; returns whether it is kept: each of its documents has a target, and is another one."""
+        kept = all(any(it.trained) for it in example) and len({tuple(it.ids) for it in example}) == len(example)
         sums = Counter({"examples": kept, "examples truncated": kept and any(it.n_tokens > len(it.ids) for it in example)})
         for document in example:
             n_kept = len(document.ids) if kept else 0

@@ -154,8 +154,8 @@ def make_encoder(config: DPOConfig, run_dir: Path) -> ChatEncoder:
     model = config.model
     tokenizer = load_tokenizer(model.tokenizer_name_or_path or model.name_or_path, config.cache_dir, (), model.chat_template)
     check_model(dataclasses.asdict(model), tokenizer, config.cache_dir)  # before anything is made
-    return ChatEncoder(tokenizer, model.max_length, model.max_prompt_length, True, model.template_kwargs, started(run_dir),
-                       read_row=to_pair, n_documents=2)
+    return ChatEncoder(tokenizer, model.max_length, model.max_prompt_length, config.last_answer_only, model.template_kwargs,
+                       started(run_dir), read_row=to_pair, n_documents=2)
 
 
 def make_model_and_optimizer(config: DPOConfig, encoder: ChatEncoder, longest: int, device: torch.device):

@@ -321,8 +321,9 @@ def show_examples(tokenizer, rows: TokenisedRows, most: int = 3) -> list[str]:
     for name in [name for name in rows.places if name.startswith("shown: ")][:most]:
         file, line = rows.places[name]
         i = np.flatnonzero((rows.file_of == file) & (rows.lines == line))[-1]
-        shown += [show_example(tokenizer, ids, trained, f"{name.removeprefix('shown: ')}, {rows.where(i)}")
-                  for ids, trained, *_ in rows[i]]
+        for number, (ids, trained, *_) in enumerate(rows[i], 1):
+            part = f", {number} of {rows.n_documents} that belong together" * (rows.n_documents > 1)
+            shown.append(show_example(tokenizer, ids, trained, f"{name.removeprefix('shown: ')}, {rows.where(i)}{part}"))
     return shown
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from script import Options, fail, one_line, printable, why_not_writable
 
-PANELS = {"loss/train": "Training loss (nats per target)", "loss/eval": "Held-out loss (nats per target)",
+PANELS = {"loss/train": "Training loss (nats)", "loss/eval": "Held-out loss (nats)",
           "grad_norm": "Gradient norm, before clipping", "lr": "Learning rate (× 10⁻⁶)",
           "tokens_per_second": "Throughput (tokens/s)", "peak_memory_gb": "Peak memory of rank 0 (GB)"}
 # Two more, where a run holds them, each with the held-out ones beside those of the training

@@ -245,38 +245,41 @@ def to_pair(row: object) -> list[Conversation]:
         raise ValueError(f"a row must be a JSON object, not {shown(row)}")
     rest = {key: value for key, value in row.items() if value is not None}
     if {"output_A", "output_B", "label"} <= rest.keys():
-        answers = [rest.pop("output_A"), rest.pop("output_B")]
-        rest["chosen"], rest["rejected"] = answers if rest.pop("label") else reversed(answers)
-    (chosen_key, chosen), (rejected_key, rejected) = take_named(rest, CHOSEN), take_named(rest, REJECTED)
-    if not chosen_key or not rejected_key:
-        raise ValueError(f"the keys {sorted(row)} are no pair: chosen and rejected are, with a prompt or as messages")
-    pair = []
-    for key, answer in ((chosen_key, chosen), (rejected_key, rejected)):
-        pair.append(join(rest, key, answer))
-        if not pair[-1].messages or pair[-1].messages[-1]["role"] != "assistant":
+        answers, label = [rest.pop("output_A"), rest.pop("output_B")], rest.pop("label")
+        if label not in (0, 1):
+            raise ValueError(f"label must be 1 where output_A is chosen, or 0, not {shown(label)}")
+        rest["chosen"], rest["rejected"] = answers if label else reversed(answers)
+    keys, answers = sorted(rest), (take_named(rest, CHOSEN), take_named(rest, REJECTED))
+    if not all(key for key, _ in answers):
+        raise ValueError(f"the keys {keys} are no pair: chosen and rejected are, with a prompt or as messages")
+    beside = {name: rest.pop(name) for name in MESSAGES if name in rest}  # the chosen conversation, most often
+    pair = [with_answer(rest, key, answer) for key, answer in answers]
+    for (key, _), conversation in zip(answers, pair):
+        conversation.unread.update(beside)
+        if not conversation.messages or conversation.messages[-1]["role"] != "assistant":
             raise ValueError(f"{key} must end with an answer")
-        for message in pair[-1].messages[:-1]:
-            message["train"] = False
+        for message in conversation.messages[:-1]:
+            message["train"] = 0
     if pair[0].messages[:-1] != pair[1].messages[:-1]:
-        raise ValueError(f"{chosen_key} and {rejected_key} must answer the same messages")
+        raise ValueError(f"{answers[0][0]} and {answers[1][0]} must answer the same messages")
     return pair
 
 
-def join(rest: dict, key: str, answer: object) -> Conversation:
+def with_answer(rest: dict, key: str, answer: object) -> Conversation:
     """What a row asks, if it does, and one of its answers, under `key` → the conversation."""
-    asks, row = any(name in rest for name in QUESTION), {name: value for name, value in rest.items() if name not in MESSAGES}
+    asks = any(name in rest for name in QUESTION + INPUT)
     whole = isinstance(answer, list) and any(isinstance(it, dict) and ROLES.get(take(dict(it), ROLE)) == "user" for it in answer)
     if not whole and not asks:
         raise ValueError(f"{key} must be messages that begin with a question, or the row needs a prompt")
     if not whole:
-        return to_conversation({**row, "completion": answer})
-    unasked = {name: row[name] for name in row if not asks or name not in QUESTION + INPUT}
+        return to_conversation({**rest, "completion": answer})
+    unasked = {name: rest[name] for name in rest if not asks or name not in QUESTION + INPUT}
     conversation = to_conversation({**unasked, "messages": answer})
-    if asks:
-        asked = to_conversation(row, answered=False).messages
-        said = [message["content"] for message in conversation.messages]
-        if [message["content"] for message in asked] != said[:len(asked)]:
-            raise ValueError(f"{key} must begin with the messages that the row asks, or be the answer to them")
+    asked = to_conversation(rest, answered=False).messages if asks else []
+    said, wanted = ([message["content"] for message in messages if message["role"] != "system"]
+                    for messages in (conversation.messages, asked))
+    if said[:len(wanted)] != wanted:
+        raise ValueError(f"{key} must begin with the messages that the row asks, or be the answer to them")
     return conversation
 
 

@@ -130,8 +130,10 @@ class Config:
 
 @dataclass(slots=True)
 class DPOConfig(Config):
-    """dpo.py's."""
+    """dpo.py's. Of the common keys two have but one value."""
 
+    conditional: bool = knob(False, ("false: it is sft.py's", lambda value: not value), FIXED, "always false")
+    last_answer_only: bool = knob(True, ("true: only what is compared is trained", bool), FIXED, "always true")
     beta: float = knob(0.1, ABOVE_0, FIXED, "how closely the model is held to the one it starts from; more is closer")
     label_smoothing: float = knob(0.0, BELOW_HALF, FIXED, "the part of the pairs whose answers are taken to be mixed up")
     loss: str = knob("sigmoid", ("sigmoid or ipo", lambda value: value in ("sigmoid", "ipo")), FIXED, "DPO's own, or IPO's")

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from fsdp_utils import init_processes
 from log import describe_data
 from make_tiny import CAPITALS, DIGITS, make_rows, train_tokenizer
 from model_utils import load_tokenizer
-from rows import list_files, read_rows, to_conversation
+from rows import list_files, read_rows, to_conversation, to_pair
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat templates as models have them, and small tokenizers to go with them
@@ -1310,3 +1311,89 @@ def test_the_text_of_a_row_s_answer_is_the_answer(template):
     (start, stop), = runs(trained)
     assert encoder.read_answer(ids[start:stop]) == "naïve 🙂\n\nyes"
     assert encoder.prompt_ids(to_conversation(row("q1"), answered=False)) == ids[:start]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def pair_encoder(template: Template = CHATML, max_length: int = 1024, max_prompt_length: int = 512) -> ChatEncoder:
+    return make_encoder(template, max_length, max_prompt_length, last_answer_only=True, read_row=to_pair, n_documents=2)
+
+
+def encode_pairs(encoder: ChatEncoder, *rows: object) -> tuple[list[list[tuple[list[int], list[bool]]]], Counter]:
+    """[(ids, trained) of the chosen answer, and of the rejected one] of each example; what is counted."""
+    columns, counts, _ = encoder.encode_rows(0, Path("x"), 0, [*enumerate(rows, 1)])
+    stops = np.cumsum(columns["lengths"])[:-1]
+    documents = [*zip(*(map(np.ndarray.tolist, np.split(columns[name], stops)) for name in ("ids", "trained")))]
+    assert columns["targets"].tolist() == [sum(trained) for _, trained in documents]
+    return [documents[i:i + 2] for i in range(0, len(columns["lengths"]), 2)], counts
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+@pytest.mark.parametrize("past", [[], ["before", "said before"]])
+def test_both_answers_of_a_pair_stand_behind_what_an_engine_feeds(template, past):
+    """Only they are targets, each with its end."""
+    question = chat(*past, "which is better?")
+    answers = {"chosen": "the first", "rejected": "no, the other 🙂"}
+    (pair,), counts = encode_pairs(pair_encoder(template), {"prompt": question, **answers})
+    context = context_of(template, question)
+    for (ids, trained), answer in zip(pair, answers.values()):
+        target = ids_of(template, template.target(answer))
+        assert ids[:len(context)] == context and trained == [False] * len(context) + [True] * (len(ids) - len(context))
+        assert text_of(make_tokenizer(template), ids[len(context):]) == template.target(answer)
+        assert len(ids) - len(context) == len(target)
+    assert counts["examples"] == 1 and counts["targets"] == sum(sum(trained) for _, trained in pair)
+    assert counts["tokens"] == counts["tokens kept"] == sum(len(ids) for ids, _ in pair)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, QWEN3], ids=lambda template: template.name)
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_a_pair_that_is_too_long_keeps_one_context_by_its_longer_answer(template, longer):
+    """Which loses its oldest turns first; then the question its beginning; then the answers their end."""
+    turns = ["first question", "first answer", "second question", "second answer", "third question"]
+    answers = {"chosen": "yes", "rejected": "no", longer: "yes, the answer is naïve: yes Another question, again?"}
+    contexts = [context_of(template, chat(*turns[first:])) for first in (0, 2, 4)]
+    targets = {key: len(ids_of(template, template.target(answer))) for key, answer in answers.items()}
+    most = max(targets.values())
+    assert min(targets.values()) < most - 5
+    common = len(os.path.commonprefix([ids_of(template, template.target(answer)) for answer in answers.values()]))
+    for max_length in range(len(contexts[2]) + common + 1, len(contexts[0]) + most + 1):  # else both would be the same
+        (pair, *others), counts = encode_pairs(pair_encoder(template, max_length, max_length - 1),
+                                               {"prompt": chat(*turns), **answers})
+        context = next((it for it in contexts if len(it) + most <= max_length), contexts[2])
+        for (ids, trained), n_target in zip(pair, targets.values()):
+            assert ids[:len(context)] == context
+            assert trained == [False] * len(context) + [True] * min(n_target, max_length - len(context)) and not others
+        whole = sum(len(contexts[0]) + n_target for n_target in targets.values())
+        assert counts["tokens"] == whole == counts["tokens kept"] + counts["tokens dropped"]
+        assert counts["tokens kept"] == sum(len(ids) for ids, _ in pair)
+        assert counts["examples truncated"] == (counts["tokens dropped"] > 0) and counts["examples"] == 1
+    question = " ".join(f"word{i}" for i in range(200))
+    (pair,), counts = encode_pairs(pair_encoder(template, 60, 30), {"prompt": question, **answers})
+    starts = [trained.index(True) for _, trained in pair]
+    assert starts[0] == starts[1] <= 30 and pair[0][0][:starts[0]] == pair[1][0][:starts[0]] and counts["tokens"] > 400
+
+
+def test_of_a_pair_that_loses_an_answer_nothing_is_left(tmp_path):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": ""},
+            {"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "<|im_end|>", "rejected": "b"},
+            {"prompt": "q", "chosen": "a"}, {"prompt": "word " * 400, "chosen": "a", "rejected": "b"}, row("q", "a"),
+            {"prompt": "p", "chosen": "c", "rejected": "d", "score": 1}]
+    encoder = pair_encoder(max_length=512, max_prompt_length=511)
+    stored = tokenised([write(tmp_path / "x.jsonl", rows)], encoder, tmp_path)
+    assert len(stored) == 3 and stored.lines.tolist() == [1, 6, 8] and stored.lengths.shape == stored.targets.shape == (3, 2)
+    assert stored.counts["rows"] == 8 and stored.counts["examples"] == 3 and stored.counts["dropped: nothing to train"] == 2
+    assert stored.counts["dropped: a text spells a control token"] == 1 and sum(stored.counted("bad").values()) == 2
+    assert stored.counts["tokens"] == stored.counts["tokens kept"] + stored.counts["tokens dropped"]
+    assert stored.counts["tokens kept"] == stored.lengths.sum() and stored.counts["targets"] == stored.targets.sum()
+    assert stored.counted("unread") == {"score": 1}
+    assert [text_of(encoder.tokenizer, ids[trained].tolist()) for ids, trained in stored[2]] == ["c<|im_end|>", "d<|im_end|>"]
+    assert stored.row_numbers().tolist() == [0, 1, 2]
+    questions = read_questions(encoder, stored, [2, 0])
+    assert [(it["prompt"], it["expected"]) for it in questions] == [("p", "c"), ("q", "a")]
+
+
+def test_pairs_have_a_token_cache_of_their_own(tmp_path):
+    """The same rows, were they rows for both, are other examples."""
+    assert pair_encoder().identity != make_encoder(last_answer_only=True).identity

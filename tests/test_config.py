@@ -51,7 +51,8 @@ def files(tmp_path_factory, monkeypatch) -> Path:
     """The folder that each test is in, with the files of rows that the configurations name."""
     folder = tmp_path_factory.mktemp("files")
     (folder / ".cache/tiny-data").mkdir(parents=True)
-    for name in (".cache/tiny-data/train.jsonl", ".cache/tiny-data/test.jsonl", "a.jsonl", "b c.json", "x.jsonl", "z.jsonl"):
+    for name in (".cache/tiny-data/train.jsonl", *(f".cache/tiny-data/{name}.jsonl" for name in ("test", "pairs", "test-pairs")),
+                 "a.jsonl", "b c.json", "x.jsonl", "z.jsonl"):
         (folder / name).touch()
     monkeypatch.chdir(folder)
     return folder
@@ -564,3 +565,41 @@ def test_make_tiny_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, capfd, ar
     with pytest.raises(SystemExit) as error:
         make_tiny.main()
     assert error.value.code == 1 and capfd.readouterr() == ("", f"make_tiny.py: {said}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A script's own kind of configuration
+
+
+def write_config(folder: Path, kind: str) -> list[str]:
+    (folder / "kind.py").write_text(f"from configs.base import {kind}, ModelConfig\n"
+                                    f"config = {kind}(exp_name='x', datasets=['hh'], model=ModelConfig(name_or_path='m'))\n")
+    return ["--config", str(folder / "kind.py")]
+
+
+def test_dpo_has_the_common_keys_and_its_own(tmp_path):
+    own = {key: item for key, (item, _) in knobs(DPOConfig) if key not in dict(KNOBS)}
+    for key, value in (("conditional", "true"), ("last_answer_only", "false")):
+        with pytest.raises(ConfigError, match=f"^{key}={value.title()} must be "):
+            load_config([*write_config(tmp_path, "DPOConfig"), f"{key}={value}"], 1, None, DPOConfig)
+    assert own.keys() == {"beta", "label_smoothing", "loss"} and {*dict(KNOBS)} < {key for key, _ in knobs(DPOConfig)}
+    assert {default_of(item) for item in own.values()} == {0.1, 0.0, "sigmoid"}
+    config = load_config([*write_config(tmp_path, "DPOConfig"), "beta=0.3", "loss=ipo", "lr=1e-6"], 1, None, DPOConfig)
+    assert (config.beta, config.loss, config.lr, config.model.batch_size) == (0.3, "ipo", 1e-6, 32)
+    assert all(f"\n  {key} = " in usage(DPOConfig) and f"\n  {key} = " not in usage() for key in own)
+    for key, value, told in (("beta", 0, "above 0"), ("label_smoothing", 0.5, "at least 0 and below 0.5"),
+                             ("loss", "dpo", "sigmoid or ipo")):
+        with pytest.raises(ConfigError, match=f"^{key}={float(value) if key != 'loss' else value} must be {told}"):
+            load_config([*write_config(tmp_path, "DPOConfig"), f"{key}={value}"], 1, None, DPOConfig)
+    then, now = (dataclasses.asdict(DPOConfig(**changed)) for changed in ({}, {"beta": 0.2, "loss": "ipo", "lr": 1}))
+    assert changes(then, now, kind=DPOConfig) == ["lr: 5e-06 then, 1 now", "beta: 0.1 then, 0.2 now",
+                                                  "loss: 'sigmoid' then, 'ipo' now"]
+
+
+@pytest.mark.parametrize("kind, wanted", [("Config", DPOConfig), ("DPOConfig", Config)])
+def test_a_configuration_of_another_script_is_refused(tmp_path, kind, wanted):
+    """Also of a kind that has all keys of the one that is wanted."""
+    argv = write_config(tmp_path, kind)
+    with pytest.raises(ConfigError, match=rf"kind.py: the file must set `config = {wanted.__name__}\(...\)`"):
+        load_config(argv, 1, None, wanted)
+    assert type(load_config(argv, 1, None, Config, DPOConfig)).__name__ == kind

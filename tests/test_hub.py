@@ -16,10 +16,10 @@ from tokenizers import AddedToken
 
 from chat import ChatEncoder
 from data import mix, tokenise
-from hub import CONTROL_TOKENS, SOURCES, HubError, clean, fetch, find_threads, parse_weight, repository_of, select_shp
+from hub import CONTROL_TOKENS, PAIRS, SOURCES, HubError, clean, fetch, find_threads, parse_weight, repository_of, select_shp
 from make_tiny import make_rows, train_tokenizer
 from model_utils import load_tokenizer
-from rows import list_files, to_conversation
+from rows import list_files, to_conversation, to_pair
 
 
 def talk(*texts: str) -> list[dict]:
@@ -615,3 +615,32 @@ def test_what_is_on_the_disk_needs_no_network(tmp_path):
         assert access(tmp_path, nowhere, datasets=sets, name_or_path=name) == []
     assert access(tmp_path, nowhere, **far, tokenizer_name_or_path="model") == []
     assert len(access(tmp_path, nowhere, **far)) == 1  # its tokenizer
+
+
+@pytest.mark.parametrize("name, split, pairs", [
+    ("ultrabin", "train", [("train", "yes", "no"), ("train", "yes", "never")]), ("shp", "test", [("history of test", "x", "y"),
+                                                                                                ("history of test", "x", "z")]),
+    ("hh", "train", [("harmless-base train", "Yes.", "No."), ("helpful-base train", "Yes.", "No.")]),
+    ("safe_rlhf", "test", [("test", "y", "x")])])
+def test_pairs_are_fetched_by_name(hub, tmp_path, name, split, pairs):
+    """What has an empty answer is left out whole; a good answer stays in each pair that it was compared in."""
+    path = fetch(name, split, str(tmp_path), form="pairs", root=hub)
+    assert path == str(tmp_path / "datasets" / f"{name}-{split}-pairs.jsonl")
+    assert [(row["chosen"], row["rejected"]) for row in read(path)] == [
+        (talk(question, chosen), talk(question, rejected)) for question, chosen, rejected in pairs]
+    for row, (question, chosen, rejected) in zip(read(path), pairs):
+        assert [conversation.messages[-1]["content"] for conversation in to_pair(row)] == [chosen, rejected]
+
+
+def test_replies_of_a_thread_are_a_pair_of_the_best_and_the_worst(hub, tmp_path):
+    row, *_ = read(fetch("oasst", "train", str(tmp_path), form="pairs", root=hub))
+    assert [row["chosen"][-1]["content"], row["rejected"][-1]["content"]] == ["text of good", "text of bad"]
+
+
+def test_a_data_set_without_rejected_answers_has_no_pairs(hub, tmp_path):
+    assert {name for name in SOURCES if name in PAIRS} == {*PAIRS}
+    for name in {*SOURCES} - {*PAIRS}:
+        split = [*SOURCES[name].splits][0]
+        with pytest.raises(HubError, match=f"{name} has no rejected answers; of the data sets by name ultrabin, oasst, shp"):
+            fetch(name, split, str(tmp_path), form="pairs", root=hub)
+    assert not [*tmp_path.rglob("*.jsonl")]

@@ -19,7 +19,7 @@ from data import DataError
 from hub import HubError, fetch
 from make_tiny import make_rows, train_tokenizer
 from model_utils import load_tokenizer
-from rows import list_files, passed_over, read_rows, to_conversation
+from rows import list_files, passed_over, read_rows, to_conversation, to_pair
 
 
 def chat(*texts: str, system: str | None = None) -> list[dict]:
@@ -980,3 +980,98 @@ def test_halos_feedback_is_refused_by_name(row):
 def test_lists_that_are_no_messages_are_refused(row):
     with pytest.raises(ValueError, match=r"^(input|output)\[0\] must be \{\"role\": ..., \"content\": ...\}"):
         to_conversation(row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def pair_of(row: dict) -> list[list[tuple[str, str, bool]]]:
+    return [[(message["role"], message["content"], bool(message["train"])) for message in conversation.messages]
+            for conversation in to_pair(row)]
+
+
+def asked(question: str, *answers: str) -> list[list[tuple[str, str, bool]]]:
+    return [[("user", question, False), ("assistant", answer, True)] for answer in answers]
+
+
+USER = {"role": "user", "content": "q"}
+GOOD_ANSWER, WORSE = ({"role": "assistant", "content": text} for text in "ab")
+PAIRS = {
+    "texts, TRL's standard": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "messages, TRL's conversational": {"prompt": [USER], "chosen": [GOOD_ANSWER], "rejected": [WORSE]},
+    "one message": {"prompt": [USER], "chosen": GOOD_ANSWER, "rejected": WORSE},
+    "conversations, TRL's implicit prompt": {"chosen": [USER, GOOD_ANSWER], "rejected": [USER, WORSE]},
+    "ultrafeedback_binarized": {"prompt": "q", "prompt_id": "1", "chosen": [USER, GOOD_ANSWER], "rejected": [USER, WORSE],
+                                "messages": [USER, GOOD_ANSWER], "score_chosen": 8.0, "score_rejected": 2.0},
+    "ShareGPT's names": {"chosen": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                         "rejected": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "b"}]},
+    "orca": {"question": "q", "chosen": "a", "rejected": "b"},
+    "other names": {"instruction": "q", "chosen_response": "a", "rejected_response": "b"},
+    "HALOs, A": {"prompt": [USER], "output_A": "a", "output_B": "b", "label": 1, "type": "pairwise_feedback"},
+    "HALOs, B": {"prompt": [USER], "output_A": [WORSE], "output_B": [GOOD_ANSWER], "label": 0}}
+
+
+@pytest.mark.parametrize("shape", PAIRS)
+def test_a_pair_in_any_shape_is_two_answers_to_the_same(shape):
+    row = PAIRS[shape]
+    before = json.dumps(row)
+    assert pair_of(row) == asked("q", "a", "b") and json.dumps(row) == before
+
+
+def test_what_of_a_pair_is_not_read_is_named():
+    assert [conversation.unread for conversation in to_pair(PAIRS["ultrafeedback_binarized"])] == [
+        {"prompt_id", "messages", "score_chosen", "score_rejected"}] * 2
+    assert to_pair(PAIRS["HALOs, A"])[0].unread == {"type"}
+    assert to_pair(PAIRS["orca"])[1].unread == set()
+
+
+def test_a_pair_has_what_a_row_has_around_its_answers():
+    """Input, history, system message, tools, thoughts; earlier answers are not trained."""
+    row = {"system": "s", "instruction": "q", "input": "i", "history": [["q0", "a0"]], "chosen": "a", "rejected": "b"}
+    past = [("system", "s", False), ("user", "q0", False), ("assistant", "a0", False), ("user", "q\n\ni", False)]
+    assert pair_of(row) == [[*past, ("assistant", answer, True)] for answer in "ab"]
+    turns = [USER, {"role": "assistant", "content": "before"}, {"role": "user", "content": "q2"}]
+    past = [("user", "q", False), ("assistant", "before", False), ("user", "q2", False)]
+    pair = pair_of({"chosen": [*turns, GOOD_ANSWER], "rejected": [*turns, WORSE]})
+    assert pair == [[*past, ("assistant", answer, True)] for answer in "ab"]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}], "reasoning_content": "t"}
+    good, worse = to_pair({"prompt": "q", "tools": [tool], "chosen": [call], "rejected": "b"})
+    assert good.tools == worse.tools == [tool] and good.messages[-1]["reasoning_content"] == "t"
+    assert good.messages[-1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_a_conversation_may_have_a_system_message_that_the_prompt_has_not():
+    system = {"role": "system", "content": "s"}
+    row = {"prompt": "q", "chosen": [system, USER, GOOD_ANSWER], "rejected": [system, USER, WORSE]}
+    assert pair_of(row) == [[("system", "s", False), *messages] for messages in asked("q", "a", "b")]
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "q", "chosen": "a"}, r"the keys \['chosen', 'prompt'\] are no pair: chosen and rejected are"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, r"the keys \['prompt', 'rejected'\] are no pair"),
+    ({"prompt": "q", "output_A": "a", "output_B": "b", "label": "B"}, 'label must be 1 where output_A is chosen, or 0, not "B"'),
+    ({"prompt": "q", "completion": "a"}, r"the keys \['completion', 'prompt'\] are no pair"),
+    ({"messages": [USER, GOOD_ANSWER]}, r"the keys \['messages'\] are no pair"),
+    ([USER, GOOD_ANSWER], "a row must be a JSON object, not"),
+    ({"chosen": "a", "rejected": "b"}, "chosen must be messages that begin with a question, or the row needs a prompt"),
+    ({"chosen": [GOOD_ANSWER], "rejected": [WORSE]}, "chosen must be messages that begin with a question"),
+    ({"prompt": "q", "chosen": "a", "rejected": 3}, "completion must be a text|rejected must be"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_response": "c"}, "chosen and chosen_response mean the same"),
+    ({"prompt": "q", "output": "x", "chosen": "a", "rejected": "b"}, "output and completion mean the same"),
+    ({"chosen": [USER, GOOD_ANSWER], "rejected": [{"role": "user", "content": "p"}, WORSE]},
+     "chosen and rejected must answer the same messages"),
+    ({"chosen": [USER, GOOD_ANSWER], "rejected": [USER]}, "rejected must end with an answer"),
+    ({"prompt": "p", "chosen": [USER, GOOD_ANSWER], "rejected": [USER, WORSE]},
+     "chosen must begin with the messages that the row asks, or be the answer to them"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "images": ["x"]}, "images can't be trained on: only text")])
+def test_what_is_no_pair_is_refused_by_its_key(row, said):
+    with pytest.raises(ValueError, match=said):
+        to_pair(row)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in PAIRS if not shape.startswith("HALOs")])
+def test_a_pair_is_no_row_for_supervised_training(shape):
+    with pytest.raises(ValueError, match="can't be trained on: preferences are for dpo.py"):
+        to_conversation(PAIRS[shape])
