@@ -628,7 +628,7 @@ def test_pairs_are_fetched_by_name(hub, tmp_path, name, split, pairs):
     assert path == str(tmp_path / "datasets" / f"{name}-{split}-pairs.jsonl")
     assert [(row["chosen"], row["rejected"]) for row in read(path)] == [
         (talk(question, chosen), talk(question, rejected)) for question, chosen, rejected in pairs]
-    for row, (question, chosen, rejected) in zip(read(path), pairs):
+    for row, (_, chosen, rejected) in zip(read(path), pairs):
         assert [conversation.messages[-1]["content"] for conversation in to_pair(row)] == [chosen, rejected]
 
 
