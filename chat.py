@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from data import DTYPES, DataError, Examples, TokenisedRows, mix, split_rows, tokenise
+from data import DTYPES, PER_DOCUMENT, DataError, Examples, TokenisedRows, mix, split_rows, tokenise
 from hub import SOURCES, fetch, parse_weight
 from model_utils import generate
 from rows import Conversation, list_files, only_conversation, passed_over, read_rows
@@ -66,6 +66,7 @@ class Plan(NamedTuple):
     tools: list[dict]
     groups: list[list[Answer]]
     pieces: list["Document"]
+    columns: dict[str, float]  # of each of its documents
 
 
 class Document(NamedTuple):
@@ -104,7 +105,7 @@ class ChatEncoder:
     @functools.cached_property
     def identity(self) -> str:
         """A hash of all that an encoded row follows from but itself: this code, tokenizer, template, lengths."""
-        files = (__file__, sys.modules["rows"].__file__, sys.modules["template"].__file__)
+        files = dict.fromkeys((__file__, *(sys.modules[it].__file__ for it in ("rows", "template", self.read_row.__module__))))
         code, tokenizer = [ast.dump(ast.parse(Path(file).read_text())) for file in files], self.tokenizer
         unnamed = repr(tokenizer).replace(repr(tokenizer.name_or_path), "")  # it may have moved
         parts = [*code, transformers.__version__, tokenizers.__version__, unnamed, self.template.identity,
@@ -184,9 +185,9 @@ class ChatEncoder:
 
     def plan(self, row: Conversation) -> Plan:
         if row.text is not None:
-            return Plan([], [], [], self.from_text(row.text))
+            return Plan([], [], [], self.from_text(row.text), row.columns)
         messages, indices = self.prepare(row)
-        return Plan(messages, row.tools, self.find_answers(messages, row.tools, indices), [])
+        return Plan(messages, row.tools, self.find_answers(messages, row.tools, indices), [], row.columns)
 
     def carry_out(self, plans: list[Plan]) -> list[tuple[Document, ...]]:
         """The plans of a row's conversations → its examples, of each of which they have a document.
@@ -311,12 +312,13 @@ class ChatEncoder:
                     counts["tokens more by splitting"] += sum(document.n_tokens for document, in examples[:-1])
             if examples:
                 count(f"shown: {self.kind_of(plan.messages)}", line)
-            for document in itertools.chain(*examples):
+            for document, its_plan in zip(itertools.chain(*examples), itertools.cycle([plan, *others])):
                 columns["ids"] += document.ids
                 columns["trained"] += document.trained
-                for name, value in (("lengths", len(document.ids)), ("targets", np.count_nonzero(document.trained)),
-                                    ("files", file_index), ("lines", line), ("rows", number), ("answers", document.answer)):
-                    columns[name].append(value)
+                values = {"lengths": len(document.ids), "targets": np.count_nonzero(document.trained), "files": file_index,
+                          "lines": line, "rows": number, "answers": document.answer, **its_plan.columns}
+                for name in PER_DOCUMENT:
+                    columns[name].append(values[name])
         return {name: np.array(values, DTYPES[name]) for name, values in columns.items()}, counts, places
 
     def kind_of(self, messages: list[dict]) -> str:
@@ -330,12 +332,13 @@ class ChatEncoder:
     def count_example(self, example: tuple[Document, ...], counts: Counter) -> bool:
         """Counts it; returns whether it is kept: each of its documents has a target, and is another one."""
         kept = all(any(it.trained) for it in example) and len({tuple(it.ids) for it in example}) == len(example)
-        sums = Counter({"examples": kept, "examples truncated": kept and any(it.n_tokens > len(it.ids) for it in example)})
+        sums = Counter()
         for document in example:
             n_kept = len(document.ids) if kept else 0
             sums.update({"tokens": document.n_tokens, "tokens kept": n_kept, "tokens dropped": document.n_tokens - n_kept,
                          "targets": np.count_nonzero(document.trained) if kept else 0,
                          "answers in the tokens that they were written in": document.n_merged})
+        sums.update({"examples": kept, "examples truncated": kept and any(it.n_tokens > len(it.ids) for it in example)})
         counts.update({name: int(n) for name, n in sums.items() if n})
         return kept
 

@@ -48,12 +48,13 @@ class TokenisedRows:
 
     An example is one document, or what is trained together: of a preference, the chosen and the rejected answer in theirs.
     lengths, targets   (examples, documents of each) int32
-    columns            {name: (examples, documents of each)} of what else a batch is to tell of its documents
+    columns            {name: (examples, documents of each)} of what else a batch is to tell of its documents: any further column
+                       of PER_DOCUMENT, and what a script computes
     """
 
     def __init__(self, folder: Path, files: list[Path], n_documents: int = 1):
         self.folder, self.files, self.n_documents = folder, files, n_documents
-        self.passed_over, self.columns = [], {}  # the former: what lies beside the files and is none, as far as is known
+        self.passed_over = []  # what lies beside the files and is none, as far as is known
         self.counts, self.places = json.loads((folder / "counts.json").read_text())
         self.identity = folder.name  # a hash of all that the tokens follow from
         column = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in DTYPES.items()}
@@ -63,6 +64,7 @@ class TokenisedRows:
         self.lines, self.file_of, self.row_of, self.answers = (of_documents[name][:, 0]
                                                                for name in ("lines", "files", "rows", "answers"))
         self.offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
+        self.columns = {name: of_documents[name] for name in [*PER_DOCUMENT][6:]}
 
     def __len__(self) -> int:
         return len(self.lengths)

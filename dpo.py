@@ -139,11 +139,11 @@ def add_reference(model: nn.Module, loaders: list[SFTDataLoader], made_of: list,
     wanted = {}
     for loader in loaders:
         wanted[loader.rows] = np.union1d(wanted.get(loader.rows, []), loader.rows_seen()).astype(np.int64)
-    for rows, ids in wanted.items():  # one file's, where the held-out rows are of the same
+    for rows, ids in wanted.items():  # once, where the held-out rows are of the same files
         versions = [str(compute_dtype(device)), torch.__version__, transformers.__version__]
         name = checksum({"model": made_of, "ids": ids.tolist(), "versions": versions})
         logps = kept(rows.folder / f"reference-{name[:16]}.npy", reference_logps, model, loaders[0].over(rows, ids), device)
-        rows.columns = {"reference": logps, "n_targets": rows.targets}
+        rows.columns |= {"reference": logps, "n_targets": rows.targets}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

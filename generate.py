@@ -213,7 +213,7 @@ def chat(model: nn.Module, encoder: ChatEncoder, args: argparse.Namespace) -> No
                 continue
             asked = [*messages, {"role": "user", "content": question, "train": False}]
             try:
-                prompt = encode_prompt(encoder, Conversation(asked, [], None, set(), 0), "this chat")
+                prompt = encode_prompt(encoder, Conversation(asked, [], None, set(), 0, {}), "this chat")
             except DataError as error:
                 print(f"{error}; /reset begins a new one", file=sys.stderr)
                 continue

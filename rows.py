@@ -55,6 +55,7 @@ class Conversation(NamedTuple):
     text: str | None  # of a row that is a text; it has no messages then
     unread: set[str]  # keys that mean nothing here
     n_left_out: int  # answers before the first question
+    columns: dict[str, float]  # {} but in forks: the document's value of each column that is added to data.PER_DOCUMENT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def to_conversation(row: object, answered: bool = True) -> Conversation:
         raise ValueError(f"the keys {sorted(row)} fit {'no' if not shape else 'more than one'} shape of row; known are messages, "
                          "prompt + completion, instruction (+ input) + output, conversations, text")
     if shape == ["text"]:
-        return Conversation([], [], as_text(rest.pop("text"), "text"), set(rest), 0)
+        return Conversation([], [], as_text(rest.pop("text"), "text"), set(rest), 0, {})
 
     unread, system = set(), take(rest, SYSTEM)
     if shape == ["messages"]:
@@ -228,7 +229,7 @@ def to_conversation(row: object, answered: bool = True) -> Conversation:
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
     before = [message for message in messages[:first] if message["role"] in ("system", "developer")]
     n_left_out = sum(message["role"] == "assistant" for message in messages[:first])
-    return Conversation(before + messages[first:], tools, None, unread | set(rest), n_left_out)
+    return Conversation(before + messages[first:], tools, None, unread | set(rest), n_left_out, {})
 
 
 def only_conversation(row: object) -> list[Conversation]:

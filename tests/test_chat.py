@@ -30,7 +30,19 @@ import chat as chat_module
 import rows as rows_module
 import template as template_module
 from chat import ChatEncoder, load_examples, read_questions
-from data import CHUNK, DTYPES, IGNORE, DataError, SFTDataLoader, TokenisedRows, encode_files, mix, split_rows, tokenise
+from data import (
+    CHUNK,
+    DTYPES,
+    IGNORE,
+    PER_DOCUMENT,
+    DataError,
+    SFTDataLoader,
+    TokenisedRows,
+    encode_files,
+    mix,
+    split_rows,
+    tokenise,
+)
 from fsdp_utils import init_processes
 from log import describe_data
 from make_tiny import CAPITALS, DIGITS, make_rows, train_tokenizer
@@ -1397,3 +1409,23 @@ def test_of_a_pair_that_loses_an_answer_nothing_is_left(tmp_path):
 def test_pairs_have_a_token_cache_of_their_own(tmp_path):
     """The same rows, were they rows for both, are other examples."""
     assert pair_encoder().identity != make_encoder(last_answer_only=True).identity
+
+
+def with_score(row: dict) -> list:
+    """A reader of a fork's own: each document of a pair has a number of the row's."""
+    return [conversation._replace(columns={"scores": row[f"score_{key}"]})
+            for key, conversation in zip(("chosen", "rejected"), to_pair(row))]
+
+
+def test_a_further_column_of_documents_comes_in_the_batch_by_its_name(tmp_path, monkeypatch):
+    for table in (PER_DOCUMENT, DTYPES):
+        monkeypatch.setitem(table, "scores", np.float32)
+    encoder = make_encoder(last_answer_only=True, read_row=with_score, n_documents=2)
+    assert encoder.identity != pair_encoder().identity
+    rows = [{"prompt": "q", "chosen": "a" * (i + 1), "rejected": "b", "score_chosen": i + 0.5, "score_rejected": -i}
+            for i in range(4)]
+    stored = tokenised([write(tmp_path / "x.jsonl", rows)], encoder, tmp_path)
+    assert stored.columns["scores"].tolist() == [[i + 0.5, -i] for i in range(4)]
+    loader = SFTDataLoader(stored, np.array([2, 0, 3]), 3, batch_size=3, pad_id=0, packing=True, microbatch_tokens=999)
+    batch, = loader
+    assert batch["scores"].tolist() == [value for i in batch["examples"] for value in (i + 0.5, -i)]
