@@ -1,11 +1,17 @@
 """NF4: codes and numbers against bitsandbytes, to the bit; runs against LoRA on the dequantised base, to the bit."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, process_of_one, write_model
+from forked import run_script, run_well
+from safetensors.torch import load_file, save_file
 
 from nf4 import BLOCK, FrozenProduct, dequantise, encode, pairs_of_values, quantise
 
@@ -109,3 +115,129 @@ def test_kept_for_the_backward_are_the_bytes_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         FrozenProduct.apply(x, packed, None, PAIRS)
     assert {tensor.data_ptr() for tensor in kept} <= {packed.data_ptr(), PAIRS.data_ptr()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+SFT = ROOT / "sft.py"
+CONFIG = """
+from configs.base import Config, ModelConfig, PeftConfig
+
+config = Config(datasets=["train.jsonl"], eval_datasets=["eval.jsonl"], cache_dir="runs", n_examples=30, lr=1e-2, eval_every=15,
+                save_every=10, keep_last=3, export_dtype="bfloat16",
+                model=ModelConfig(name_or_path="model", batch_size=8, gradient_accumulation_steps=2, max_length=96, use_peft=True,
+                                  peft=PeftConfig(lora_r=4, lora_alpha=8, lora_dropout=0.0)))
+"""
+PACKED, RESUMED = "model.peft.quantise=true", "model.from_checkpoint=runs/two/checkpoints/step-2"
+LINEARS = r"model\.layers\.\d+\.\w+\.\w+_proj\.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A base in bf16, and the same with the linears' weights as they are after quantising, in fp32; rows to train on."""
+    folder = tmp_path_factory.mktemp("nf4")
+    write_model(folder / "model", dtype=torch.bfloat16, hidden_size=64, intermediate_size=192)
+    write_model(folder / "dequantised", hidden_size=64, intermediate_size=192)
+    weights = load_file(folder / "model/model.safetensors")
+    made = {name: unpack(tensor) if re.fullmatch(LINEARS, name) else tensor.float() for name, tensor in weights.items()}
+    assert sum(not torch.equal(made[name], weights[name].float()) for name in made) == 14
+    save_file(made, folder / "dequantised/model.safetensors", metadata={"format": "pt"})
+    (folder / "config.py").write_text(CONFIG)
+    for name, n in (("train", 19), ("eval", 5)):
+        rows = [{"prompt": "ABCDEFGH"[i % 7:], "completion": "HGFEDCBA"[:2 + i * 5 % 6]} for i in range(n)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(folder: Path, name: str, *argv, n_processes: int = 0) -> Path:
+    printed = run_well(SFT, "--config", "config.py", *argv, f"exp_name={name}", n_processes=n_processes, cwd=folder, timeout=400)
+    (folder / "runs" / name / "printed").write_text(printed)
+    return folder / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> Path:
+    return run(folder, "one", PACKED)
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> Path:
+    return run(folder, "two", PACKED, n_processes=2)
+
+
+def numbers(run: Path) -> list[dict]:
+    """What a run has logged that does not depend on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not re.search("second|memory", key)} for line in lines]
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "FINAL/model.safetensors") | load_file(run / "FINAL/adapter/adapter_model.safetensors")
+
+
+def assert_close(run: Path, other: Path) -> None:
+    own, its = numbers(run), numbers(other)
+    assert len(own) == len(its) > 4
+    for line, expected in zip(own, its):
+        assert line == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_is_lora_on_the_dequantised_base_to_the_bit(folder, one):
+    plain = run(folder, "plain", "model.name_or_path=dequantised")
+    assert numbers(one) == numbers(plain)
+    own, expected = final(one), final(plain)
+    assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
+    base = load_file(folder / "model/model.safetensors")
+    assert all(own[name].dtype == torch.bfloat16 for name in base)
+    assert {name for name in base if not torch.equal(own[name], base[name])} == {
+        name for name in base if re.fullmatch(LINEARS, name)}
+
+
+@pytest.mark.slow
+def test_what_is_quantised_and_what_is_trained_is_told(one):
+    printed = (one / "printed").read_text()
+    said = "quantised: 14 linear layers; not so: model.embed_tokens.weight, lm_head.weight, and what has one dimension"
+    assert printed.count(said) == 1
+    base = load_file(one.parent.parent / "model/model.safetensors")
+    n_adapter = sum(tensor.numel() for tensor in load_file(one / "FINAL/adapter/adapter_model.safetensors").values())
+    n = sum(tensor.numel() for tensor in base.values()) + n_adapter
+    assert f"model: {n / 1e6:.1f}M parameters, {n_adapter / 1e6:.1f}M trained" in printed
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one(one, two):
+    assert_close(two, one)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_in_which_no_packed_weight_is(folder, two):
+    again = run(folder, "again", PACKED, RESUMED, n_processes=2)
+    assert numbers(again) == numbers(two)
+    assert all(torch.equal(tensor, final(two)[name]) for name, tensor in final(again).items())
+    assert_close(run(folder, "alone", PACKED, RESUMED), two)
+    for file in (two / "checkpoints/step-2").glob("*.safetensors"):
+        tensors = load_file(file)
+        assert tensors and all("lora" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
+
+
+@pytest.mark.slow
+def test_another_base_is_refused(folder, two):
+    done = run_script(SFT, "--config", "config.py", PACKED, RESUMED, "model.name_or_path=dequantised", "exp_name=other", cwd=folder)
+    assert done.returncode and "model.safetensors" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_recomputed_padded_of_some_layers_it_is_the_same(folder):
+    argv = ["model.activation_checkpointing=true", "model.packing=false", "model.peft.target_modules=[q_proj,down_proj]"]
+    assert numbers(run(folder, "some", PACKED, *argv)) == numbers(run(folder, "some-plain", *argv, "model.name_or_path=dequantised"))
+
+
+@pytest.mark.slow
+def test_a_new_model_s_weights_are_quantised_too(folder):
+    described = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                 "num_attention_heads": 4}
+    argv = [PACKED, "model.random_init=" + json.dumps(described), "n_examples=8"]
+    assert numbers(run(folder, "new", *argv, n_processes=2))[-1]["loss/eval"] == pytest.approx(
+        numbers(run(folder, "new-alone", *argv))[-1]["loss/eval"], rel=1e-6)
