@@ -9,10 +9,14 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, process_of_one, write_model
+from conftest import ROOT, write_model
 from forked import run_script, run_well
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+from fsdp_utils import ModelError
+from lora import quantise_linears
+from model_utils import load_model, load_tokenizer
 from nf4 import BLOCK, FrozenProduct, dequantise, encode, pairs_of_values, quantise
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -231,13 +235,51 @@ def test_another_base_is_refused(folder, two):
 @pytest.mark.slow
 def test_recomputed_padded_of_some_layers_it_is_the_same(folder):
     argv = ["model.activation_checkpointing=true", "model.packing=false", "model.peft.target_modules=[q_proj,down_proj]"]
-    assert numbers(run(folder, "some", PACKED, *argv)) == numbers(run(folder, "some-plain", *argv, "model.name_or_path=dequantised"))
+    plain = run(folder, "some-plain", *argv, "model.name_or_path=dequantised")
+    assert numbers(run(folder, "some", PACKED, *argv)) == numbers(plain)
 
 
 @pytest.mark.slow
 def test_a_new_model_s_weights_are_quantised_too(folder):
-    described = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    described = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
                  "num_attention_heads": 4}
     argv = [PACKED, "model.random_init=" + json.dumps(described), "n_examples=8"]
     assert numbers(run(folder, "new", *argv, n_processes=2))[-1]["loss/eval"] == pytest.approx(
         numbers(run(folder, "new-alone", *argv))[-1]["loss/eval"], rel=1e-6)
+    said = "quantised: 12 linear layers; not so: model.embed_tokens.weight, model.layers.*.mlp.down_proj.weight, lm_head.weight, and"
+    assert said in (folder / "runs/new/printed").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def write_nan(folder: Path) -> str:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name][-1, -1] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return f"{name} holds values that are not finite"
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line(folder, tmp_path):
+    write_model(tmp_path / "narrow", intermediate_size=96)
+    write_model(tmp_path / "wild", hidden_size=64, intermediate_size=192)
+    for argv, said in [
+            (["model.use_peft=false"], "model.peft.quantise=true needs model.use_peft=true"),
+            ([f"model.name_or_path={tmp_path}/narrow", "model.peft.target_modules=[q_proj]"], "multiple of 64 inputs"),
+            ([f"model.name_or_path={tmp_path}/wild"], write_nan(tmp_path / "wild"))]:
+        done = run_script(SFT, "--config", "config.py", PACKED, *argv, "exp_name=broken", cwd=folder)
+        assert done.returncode == 1 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        assert done.stderr.count(said) == 1
+
+
+def test_weights_that_are_cut_otherwise_in_the_files_are_refused(tmp_path):
+    write_model(tmp_path / "model", hidden_size=64, intermediate_size=64)
+    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=256,
+                           num_key_value_heads=2, num_local_experts=2, eos_token_id=2, pad_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
+    model = load_model(str(tmp_path / "mixtral"), None, load_tokenizer(str(tmp_path / "model"), ""), [2], "", sliced=True)
+    with pytest.raises(ModelError, match="mixtral: its files hold weights cut otherwise than the model's"):
+        quantise_linears(model, is_new=False)
