@@ -37,31 +37,25 @@ class QuantisedLinear(nn.Linear):
 
 
 def quantise_linears(model, is_new: bool) -> None:
-    """Puts a QuantisedLinear in the place of each linear that could be adapted, before any is, and says what stays as it is.
-
-    Weights without memory are packed as load_weights reads them; only of a new model may they be here already.
-    """
+    """Puts a QuantisedLinear in the place of each linear that could be adapted, before any is, and says what stays as it is."""
     linears = {name: linear for name, linear in find_linears(model).items() if linear.in_features % BLOCK == 0}
     if not linears:
         raise ModelError(f"model.peft.quantise: no linear layer of {name_of(model)} has a multiple of {BLOCK} inputs")
-    if not is_new and not all(linear.weight.is_meta for linear in linears.values()):
+    if not is_new and not all(linear.weight.is_meta for linear in linears.values()):  # to be packed as they are read
         raise ModelError(f"model.peft.quantise: {model.name_or_path}: its files hold weights cut otherwise than the model's")
     pairs = pairs_of_values()
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantisedLinear(linear, pairs))
     others = {re.sub(r"\.\d+\.", ".*.", name): None for name, parameter in model.named_parameters()
-              if parameter.ndim > 1 and not is_packed(parameter)}
+              if parameter.ndim > 1 and parameter.dtype != torch.uint8}
     say(f"quantised: {len(linears)} linear layers; not so: {', '.join(others)}, and what has one dimension")
-
-
-def is_packed(weight: torch.Tensor) -> bool:
-    return weight.dtype == torch.uint8
 
 
 def n_weights(parameter: torch.Tensor) -> int:
     """Returns how many numbers a parameter holds, packed or not."""
-    return len(parameter) * ((parameter.shape[1] - 4) // (BLOCK // 2 + 1)) * BLOCK if is_packed(parameter) else parameter.numel()
+    packed = parameter.dtype == torch.uint8
+    return len(parameter) * ((parameter.shape[1] - 4) // (BLOCK // 2 + 1)) * BLOCK if packed else parameter.numel()
 
 
 class LoRALinear(nn.Linear):
@@ -85,7 +79,7 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / (math.sqrt(r) if rslora else r)
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
-        if is_packed(self.weight):
+        if self.weight.dtype == torch.uint8:
             return FrozenProduct.apply(x, self.weight, self.bias, self.pairs)
         return F.linear(x, self.weight, self.bias)
 
@@ -248,7 +242,7 @@ def merge_lora(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     Where W is packed it is what was computed with: dequantised, in the dtype of the layer.
     """
     weights = {name: dequantise(tensor, pairs_of_values(), model.get_submodule(name.removesuffix(".weight")).dtype)
-               if is_packed(tensor) else tensor for name, tensor in weights.items()}
+               if tensor.dtype == torch.uint8 else tensor for name, tensor in weights.items()}
     merged = {name: tensor for name, tensor in weights.items() if ".lora_" not in name and not name.endswith(NEW_ROWS)}
     for name in weights.keys() - merged.keys():
         if name.endswith(NEW_ROWS):

@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 from configs.base import ModelConfig
 from fsdp_utils import ModelError, failing_together, find_blocks, gather_all, is_finite
 from logps import target_logps
-from lora import NEW_ROWS, add_lora, is_packed, load_adapter, quantise_linears
+from lora import NEW_ROWS, add_lora, load_adapter, quantise_linears
 from nf4 import quantise
 from script import one_line, timed
 
@@ -361,8 +361,13 @@ def fill(weight: torch.Tensor, tensors, name: str, is_new: bool) -> bool:
         mesh = weight.device_mesh
         first = mesh.get_local_rank(mesh.ndim - 1) * math.ceil(len(weight) / mesh.size(mesh.ndim - 1))
         local = weight.to_local()
-    if is_packed(local):
-        return pack(local, source, first)
+    if local.dtype == torch.uint8:  # packed: the device quantises a few rows at a time, of which it makes several copies
+        finite = True
+        for i in range(0, len(local), 1024):
+            rows = source[first + i:first + min(i + 1024, len(local))].to(local.device)
+            local[i:i + 1024] = quantise(rows)
+            finite &= is_finite(rows)
+        return finite
     if not local.ndim:
         local.copy_(tensors.get_tensor(name))
     elif len(local):
@@ -371,19 +376,6 @@ def fill(weight: torch.Tensor, tensors, name: str, is_new: bool) -> bool:
         if n_known < len(local):
             local[n_known:] = mean_row(source)
     return is_finite(local)
-
-
-def pack(local: torch.Tensor, source, first: int, n_rows: int = 1024) -> bool:
-    """Fills this rank's rows of a packed weight with those of a tensor in a file from `first` on, so many at a time, which the
-    device quantises. Returns whether all of these are finite.
-    """
-    finite = True
-    for part, begin in zip(local.split(n_rows), itertools.count(first, n_rows)):
-        if len(part):
-            rows = source[begin:begin + len(part)].to(local.device)
-            part.copy_(quantise(rows))
-            finite &= is_finite(rows)
-    return finite
 
 
 def mean_row(source) -> torch.Tensor:
