@@ -219,7 +219,7 @@ def gather_in_parts(model: nn.Module, limit: float, trained_only: bool = False) 
     bar = tqdm(total=len(wanted), desc="gathering", unit=" weights", leave=False, disable=dist.get_rank() > 0)
     for _, group in itertools.groupby(wanted, block_of):
         group = list(group)
-        more = sum(tensor.nbytes for _, tensor in group)
+        more = sum(tensor.nbytes * (8 if tensor.dtype == torch.uint8 else 1) for _, tensor in group)  # in fp32, if it is packed
         if size and size + more > limit:
             yield part
             part, size = {}, 0

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data import Examples, TokenisedRows
 from fsdp_utils import end_process, is_of_another, say
+from lora import n_weights
 from model_utils import PLAIN_TEMPLATE
 from script import PARTS, STARTED, RunError, fail, one_line
 
@@ -184,7 +185,7 @@ def count_flops(model) -> tuple[float, float, float]:
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
 
     def flops(weight) -> int:
-        return weight.numel() * (6 if weight.requires_grad else 4)
+        return n_weights(weight) * (6 if weight.requires_grad else 4)
 
     body = sum(flops(weight) for weight in model.parameters()
                if weight.ndim == 2 and weight is not head and weight is not embeddings.weight)
@@ -272,7 +273,7 @@ def describe_run(n_examples: int, n_steps: int, n_eval: int, n_held_out: int, mo
     lines = [
         f"eval: {n_eval} of {n_held_out} held-out examples" if n_held_out else
         "eval: nothing is held out; eval_fraction=0.05 would hold out a twentieth of the rows, eval_datasets=[FILE] a file",
-        f"model: {sum(parameter.numel() for parameter in parameters) / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M trained, on "
+        f"model: {sum(map(n_weights, parameters)) / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M trained, on "
         f"{dist.get_world_size()} x {parameters[0].device.type}",
         f"steps: {n_steps}, of {n_examples:,} examples, {'packed' if packing else 'padded'}"]
     return "\n".join([*lines, *([f"resumed from {resumed_from}"] if resumed_from else [])])

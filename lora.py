@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +15,47 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from fsdp_utils import ModelError, is_finite, name_of
+from fsdp_utils import ModelError, is_finite, name_of, say
 from logps import weight_of
+from nf4 import BLOCK, FrozenProduct, dequantise, pairs_of_values, quantise
 from script import one_line
+
+
+class QuantisedLinear(nn.Linear):
+    """A frozen linear layer whose weight (out, in), of `dtype`, is packed by nf4.py: (out, in / 2 + in / 64 + 4) uint8."""
+
+    def __init__(self, base: nn.Linear, pairs: torch.Tensor):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
+        self.dtype = base.weight.dtype
+        packed = quantise(torch.empty_like(base.weight, device="meta")) if base.weight.is_meta else quantise(base.weight.data)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("pairs", pairs, persistent=False)  # for it to lie on the device once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return FrozenProduct.apply(x, self.weight, self.bias, self.pairs)
+
+
+def quantise_linears(model, is_new: bool) -> None:
+    """Puts a QuantisedLinear in the place of each linear that could be adapted, before any is, and says what stays as it is."""
+    linears = {name: linear for name, linear in find_linears(model).items() if linear.in_features % BLOCK == 0}
+    if not linears:
+        raise ModelError(f"model.peft.quantise: no linear layer of {name_of(model)} has a multiple of {BLOCK} inputs")
+    if not is_new and not all(linear.weight.is_meta for linear in linears.values()):  # to be packed as they are read
+        raise ModelError(f"model.peft.quantise: {model.name_or_path}: its files hold weights cut otherwise than the model's")
+    pairs = pairs_of_values()
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantisedLinear(linear, pairs))
+    others = {re.sub(r"\.\d+\.", ".*.", name): None for name, parameter in model.named_parameters()
+              if parameter.ndim > 1 and parameter.dtype != torch.uint8}
+    say(f"quantised: {len(linears)} linear layers; not so: {', '.join(others)}, and what has one dimension")
+
+
+def n_weights(parameter: torch.Tensor) -> int:
+    """Returns how many numbers a parameter holds, packed or not."""
+    packed = parameter.dtype == torch.uint8
+    return len(parameter) * ((parameter.shape[1] - 4) // (BLOCK // 2 + 1)) * BLOCK if packed else parameter.numel()
 
 
 class LoRALinear(nn.Linear):
@@ -30,6 +69,9 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.weight, self.bias = base.in_features, base.out_features, base.weight, base.bias
+        if isinstance(base, QuantisedLinear):
+            self.dtype = base.dtype
+            self.register_buffer("pairs", base.pairs, persistent=False)
         self.lora_A = nn.Linear(base.in_features, r, bias=False)  # nn.Linear's own start: Kaiming-uniform
         self.lora_B = nn.Linear(r, base.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
@@ -37,6 +79,8 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / (math.sqrt(r) if rslora else r)
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype == torch.uint8:
+            return FrozenProduct.apply(x, self.weight, self.bias, self.pairs)
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,7 +198,7 @@ def add_lora(model, lora_r: int, lora_alpha: float, lora_dropout: float, target_
 
 def is_plain(linear: nn.Linear) -> bool:
     """Whether it computes W x + b: one with a forward of its own is tried."""
-    if type(linear).forward is nn.Linear.forward:
+    if type(linear).forward is nn.Linear.forward or isinstance(linear, QuantisedLinear):
         return True
     twin, x = copy.deepcopy(linear).to_empty(device="cpu").float(), torch.randn(2, linear.in_features)
     try:
@@ -193,7 +237,12 @@ def lora_names(weights: dict) -> list[str]:
 
 
 def merge_lora(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with adapters → the plain model's: W + s B A, in fp32 and rounded once to W's dtype, and new rows in W."""
+    """A state dict with adapters → the plain model's: W + s B A, in fp32 and rounded once to W's dtype, and new rows in W.
+
+    Where W is packed it is what was computed with: dequantised, in the dtype of the layer.
+    """
+    weights = {name: dequantise(tensor, pairs_of_values(), model.get_submodule(name.removesuffix(".weight")).dtype)
+               if tensor.dtype == torch.uint8 else tensor for name, tensor in weights.items()}
     merged = {name: tensor for name, tensor in weights.items() if ".lora_" not in name and not name.endswith(NEW_ROWS)}
     for name in weights.keys() - merged.keys():
         if name.endswith(NEW_ROWS):

@@ -28,7 +28,8 @@ from transformers.utils import cached_file
 from configs.base import ModelConfig
 from fsdp_utils import ModelError, failing_together, find_blocks, gather_all, is_finite
 from logps import target_logps
-from lora import NEW_ROWS, add_lora, load_adapter
+from lora import NEW_ROWS, add_lora, load_adapter, quantise_linears
+from nf4 import quantise
 from script import one_line, timed
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -170,10 +171,13 @@ def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: s
     model = load(config.load_from or config.name_or_path, None if config.load_from else config.random_init, tokenizer, stop_ids,
                  cache_dir, compute_dtype(device) if config.use_peft else torch.float32, sliced=True,
                  fuse=config.compile and device.type == "cuda")
+    peft = dataclasses.asdict(config.peft)
+    if peft.pop("quantise"):
+        quantise_linears(model, is_new=bool(config.random_init) and not config.load_from)
     if config.load_lora_from:
         load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.n_new_rows)
     elif config.use_peft:
-        add_lora(model, **dataclasses.asdict(config.peft), n_new_rows=model.n_new_rows)
+        add_lora(model, **peft, n_new_rows=model.n_new_rows)
     return model.train()
 
 
@@ -357,6 +361,13 @@ def fill(weight: torch.Tensor, tensors, name: str, is_new: bool) -> bool:
         mesh = weight.device_mesh
         first = mesh.get_local_rank(mesh.ndim - 1) * math.ceil(len(weight) / mesh.size(mesh.ndim - 1))
         local = weight.to_local()
+    if local.dtype == torch.uint8:  # packed: the device quantises a few rows at a time, of which it makes several copies
+        finite = True
+        for i in range(0, len(local), 1024):
+            rows = source[first + i:first + min(i + 1024, len(local))].to(local.device)
+            local[i:i + 1024] = quantise(rows)
+            finite &= is_finite(rows)
+        return finite
     if not local.ndim:
         local.copy_(tensors.get_tensor(name))
     elif len(local):

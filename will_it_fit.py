@@ -39,6 +39,7 @@ from fake_gpu import DEVICE, META, FakeGPU, fake_gpu
 from fsdp_utils import ModelError, clip_gradients, gather_in_parts, make_mesh, shard_model
 from hub import CONTROL_TOKENS, access_problem
 from log import PEAK_FLOPS, count_flops
+from lora import n_weights
 from model_utils import Unallocated, compute_dtype, generate, load_tokenizer, make_model, make_new_model, make_outline
 from trial import enable_packing
 
@@ -189,7 +190,7 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
         trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         body, head, attention = count_flops(model)
         flops = wanted.max_length * (body + head / 2) + wanted.max_length ** 2 * attention  # of a document
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        n_parameters = sum(map(n_weights, model.parameters()))
         return Forecast(peaks, parts, gpu.host.peak, 3 * trained, wanted.batch_size * n_documents * flops, n_parameters)
 
 

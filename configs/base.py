@@ -59,6 +59,7 @@ class PeftConfig:
     lora_dropout: float = knob(0.05, FRACTION, FIXED, "dropout on the input of the update")
     target_modules: str | list[str] = knob("all-linear", ANY, FIXED, "names of linears, [q_proj,v_proj], or all but the head")
     use_rslora: bool = knob(False, ANY, FIXED, "scale by lora_alpha / sqrt(lora_r), which keeps large ranks from learning slowly")
+    quantise: bool = knob(False, ANY, FIXED, "QLoRA: keep the frozen linears in 4 bits, NF4: a quarter of the memory")
 
 
 @dataclass(slots=True)
@@ -195,6 +196,7 @@ def check(config: Config, world_size: int) -> list[str]:
     require(not (config.conditional and config.n_eval_answers), "n_eval_answers can't grade the answers of conditional=true")
     require(not (config.eval_datasets and config.eval_fraction), "eval_datasets and eval_fraction exclude each other")
     require(model.use_peft or not model.load_lora_from, "model.load_lora_from needs model.use_peft=true")
+    require(model.use_peft or not model.peft.quantise, "model.peft.quantise=true needs model.use_peft=true")
     errors += missing_files(config)
     for key, package in {"wandb.enabled": "wandb", "tensorboard": "tensorboard"}.items():
         require(not get_key(config, key) or importlib.util.find_spec(package),
@@ -321,7 +323,7 @@ def load_config(argv: list[str], world_size: int, more_checks: typing.Callable[[
                    if key.startswith(part) and not get_key(config, switch)]
         errors += check(config, world_size) + (more_checks(config) if more_checks else [])
     if errors:
-        raise ConfigError("\n".join(errors))
+        raise ConfigError("\n".join(dict.fromkeys(errors)))
     config.model.max_prompt_length = config.model.max_prompt_length or config.model.max_length // 2
     return config
 

@@ -57,15 +57,15 @@ def process_of_one():
             dist.destroy_process_group()
 
 
-def write_model(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
+def write_model(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32, **changes) -> None:
     """A Llama with biases, none of whose norms and biases is a one or a zero, and the tokenizer of the tiny task."""
     folder.mkdir()
     train_tokenizer(make_rows(200, 1)[0], folder)
     torch.manual_seed(3)
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=128, vocab_size=256, tie_word_embeddings=tied,
-                         attention_bias=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model = LlamaForCausalLM(config)
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 256, "tie_word_embeddings": tied,
+              "attention_bias": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    model = LlamaForCausalLM(LlamaConfig(**config | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

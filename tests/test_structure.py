@@ -8,8 +8,8 @@ from conftest import ROOT
 # From top to bottom; a module may import those that come after it. Scripts are imported by none, but for what foretells the two.
 SCRIPTS = ["sft.py", "dpo.py", "generate.py", "plot.py", "make_tiny.py", "will_it_fit.py"]
 MODULES = ["log.py", "export.py", "checkpoint.py", "chat.py", "template.py", "rows.py", "data.py", "hub.py", "trial.py",
-           "model_utils.py", "attention.py", "lora.py", "logps.py", "fsdp_utils.py", "fake_gpu.py", "configs/base.py",
-           "script.py"]
+           "model_utils.py", "attention.py", "lora.py", "nf4.py", "logps.py", "fsdp_utils.py", "fake_gpu.py",
+           "configs/base.py", "script.py"]
 
 
 def name_of(file: str) -> str:

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sft
 import will_it_fit
-from configs.base import Config, DPOConfig, ModelConfig
+from configs.base import Config, DPOConfig, ModelConfig, PeftConfig
 from data import SFTDataLoader, to_device
 from fsdp_utils import clip_gradients, make_mesh, shard_model
 from trial import enable_packing
@@ -24,7 +24,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "n
          "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 256, "tie_word_embeddings": False}
 BLOCK = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128  # parameters
 WAYS = {"full": {}, "recomputed": {"activation_checkpointing": True}, "LoRA": {"use_peft": True},
-        "several microbatches": {"microbatch_tokens": 256}}
+        "QLoRA": {"use_peft": True, "peft": PeftConfig(quantise=True)}, "several microbatches": {"microbatch_tokens": 256}}
 
 
 def make_config(kind: type[Config] = Config, **settings) -> Config:
