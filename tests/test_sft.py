@@ -710,7 +710,7 @@ def test_tiny_learns(tiny):
 def test_nothing_but_our_bars_is_on_stderr_and_one_of_them_stays(tiny):
     """A bar below another one goes up again by ESC [ A, so that it scrolls nothing away."""
     _, printed, (shown, of_rank_1) = tiny
-    bars = r"(training|evaluating|answering|saving|gathering): .*\|.*|(evaluating|answering): \d+ \w+ \[[\d:]+, *[\d.?]+ ?(\w+/s|s/ ?\w+)\]"
+    bars = r"(training|evaluating|answering|saving|gathering): .*\|.*|(evaluating|answering): \d+ \w+ \[[\d:]+, *[\d.?]+ ?\S+\]"
     lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", shown) if line.strip()]
     assert [line for line in lines if not re.fullmatch(bars, line)] == [] and of_rank_1 == ""
     assert re.fullmatch(r"training: 100%\|█+\| 2560/2560 \[.*, step 40, loss .*, lr 0.0e\+00, grad norm .* tokens/s\]", lines[-1])
