@@ -188,7 +188,7 @@ def main(config: Config) -> None:
             skipped = not (math.isfinite(grad_norm) and math.isfinite(means["loss/train"]))  # the same on every rank
             if not skipped:
                 optimizer.step()
-                last = batch
+                last = next(loader.microbatches(at.counter))  # of the others some may be empty, on every rank
             optimizer.zero_grad()
             at.advance(batch["n_examples"], skipped)
             log.add_step(at.step, at.counter, at.skipped_steps, lr, grad_norm, means, batch)
