@@ -203,8 +203,8 @@ def main(config: DPOConfig) -> None:
             stop = at.step < n_steps and must_end()
             if at.step > first and at.may_be_saved(n_examples) and (stop or at.is_due(config.save_every, n_examples, batch_size)):
                 with log.pause("saving"):
-                    if last:
-                        at.check_loss(eval_metrics(model, [last], device, config)["loss/eval"], latest)
+                    if last is not None:  # its first microbatch: of the others some may be empty, on every rank
+                        at.check_loss(eval_metrics(model, [next(loader.microbatches(last))], device, config)["loss/eval"], latest)
                     latest = save_latest(run_dir, vars(at) | facts, model, optimizer, latest, config.keep_last,
                                          config.stop_if_save_fails)
             if stop:
@@ -239,7 +239,7 @@ def main(config: DPOConfig) -> None:
             skipped = not (math.isfinite(grad_norm) and math.isfinite(means["loss/train"]))  # the same on every rank
             if not skipped:
                 optimizer.step()
-                last = next(loader.microbatches(at.counter))  # of the others some may be empty, on every rank
+                last = at.counter
             optimizer.zero_grad()
             at.advance(batch["n_examples"], skipped)
             log.add_step(at.step, at.counter, at.skipped_steps, lr, grad_norm, means, batch)
