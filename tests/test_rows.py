@@ -382,7 +382,7 @@ ANSWERS = ["output", "response", "answer", "completion", "targets"]
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_and_its_answer_by_any_name(question, answer):
     asked, told = {"role": "user", "content": "q", "train": False}, {"role": "assistant", "content": "a", "train": True}
-    assert to_conversation({question: "q", answer: "a"}) == ([asked, told], [], None, set(), 0)
+    assert to_conversation({question: "q", answer: "a"}) == ([asked, told], [], None, set(), 0, {})
     for key in INPUTS:
         assert said({question: "q", key: "i", answer: "a"}) == [("user", "q\n\ni"), ("assistant", "a")]
         assert said({question: "q", key: "", answer: "a"}) == [("user", "q"), ("assistant", "a")]
@@ -452,8 +452,8 @@ def test_a_history_of_another_form_is_refused(history, message):
 
 
 def test_a_text():
-    assert to_conversation({"text": " long\n"}) == ([], [], " long\n", set(), 0)
-    assert to_conversation({"text": "long", "meta": {}, "id": 0, "url": None}) == ([], [], "long", {"meta", "id"}, 0)
+    assert to_conversation({"text": " long\n"}) == ([], [], " long\n", set(), 0, {})
+    assert to_conversation({"text": "long", "meta": {}, "id": 0, "url": None}) == ([], [], "long", {"meta", "id"}, 0, {})
     assert refusal({"text": 5}) == "text must be a text, not 5"
     assert refusal({"text": "\ud83d"}) == "text holds half of a surrogate pair (\\ud83d): not a character"
     # beside question and answer it holds both once more, written out
@@ -811,7 +811,7 @@ def test_a_whole_conversation_with_a_tool():
     as_object = [*chat("q"), FORMS["no id"], {"role": "tool", "content": {"means": "bog"}}, *chat("", "a bog")[1:]]
     for messages in (openai, old, sharegpt, as_object):
         conversation = to_conversation({"conversations": messages, "tools": json.dumps([LOOK_UP]), "system": ""})
-        assert conversation == (expected, [AS_TOOL], None, set(), 0)
+        assert conversation == (expected, [AS_TOOL], None, set(), 0, {})
 
 
 def results(calls: list[dict], *given: dict) -> list[tuple]:
