@@ -163,7 +163,8 @@ def make_model_and_optimizer(config: DPOConfig, encoder: ChatEncoder, longest: i
     torch.manual_seed(config.seed)
     model = make_model(config.model, encoder.tokenizer, encoder.stop_ids, config.cache_dir, device)
     shard_model(model, make_mesh(device, config.model.replicas), "target_logps", dtype=compute_dtype(device),
-                recompute=config.model.activation_checkpointing, compile=config.model.compile, offload=config.model.cpu_offload)
+                recompute=config.model.activation_checkpointing, inputs_on_host=config.model.activation_offload,
+                compile=config.model.compile, offload=config.model.cpu_offload)
     load_weights(model)
     check_gradients(model, device)
     optimizer = make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -151,18 +152,32 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return most
 
 
+def with_inputs_on_host(forward: Callable) -> Callable:
+    """Returns the recomputed block's forward, whose one tensor that is kept for the backward, its input, waits on the host.
+
+    It is copied to pinned memory and back in the order of the GPU's other work: the host waits for neither. What blocks share
+    (positions, masks) is handed to them by keyword, which checkpoint keeps as it is.
+    """
+    def inner(*args, **kwargs):
+        with saved_tensors_hooks(lambda x: (x.device, x.to("cpu", non_blocking=True)),
+                                 lambda kept: kept[1].to(kept[0], non_blocking=True)):
+            return forward(*args, **kwargs)
+    return inner
+
+
 @timed("model")
 def shard_model(model: nn.Module, mesh: DeviceMesh, *methods: str, dtype: torch.dtype = torch.float32, recompute: bool = False,
-                compile: bool = False, offload: bool = False) -> None:
+                compile: bool = False, offload: bool = False, inputs_on_host: bool = False) -> None:
     """Shards each block and then the rest, in place: FSDP2 gathers one block at a time, computes, and frees it.
 
     On a mesh with "replicate" each group of ranks shards the model among its own, and gradients are summed over the groups too
     (HSDP: a group is a machine, between which no weights need to travel).
 
     `methods` are the names of those that compute with the weights, as forward does. `recompute` keeps only each block's input
-    for the backward, which computes the rest again (activation checkpointing, Chen et al. 2016). `compile` compiles each block
-    by itself: the blocks are alike, so that it takes no longer than compiling one. `offload` keeps shards, gradients and
-    optimizer in the host's memory. Parameters on the meta device get memory, a block at a time, and load_weights fills it.
+    for the backward, which computes the rest again (activation checkpointing, Chen et al. 2016), with `inputs_on_host` in the
+    host's memory. `compile` compiles each block by itself: the blocks are alike, so that it takes no longer than compiling one.
+    `offload` keeps shards, gradients and optimizer in the host's memory. Parameters on the meta device get memory, a block at a
+    time, and load_weights fills it.
 
     The blocks compute in `dtype`, to which weights are rounded as they are gathered. The shards stay as they are, and
     gradients are reduced in fp32, so that what is trained in fp32 has an optimizer in fp32.
@@ -178,6 +193,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *methods: str, dtype: torch.
             module.forward = torch.compile(module.forward)
         if recompute and module is not model:
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = with_inputs_on_host(module.forward) if inputs_on_host else module.forward
         allocate(module, mesh.device_type)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=placement)
     for module in (model, *blocks) if mesh.size() > 1 else ():  # alone, FSDP2 would divide each gradient by it

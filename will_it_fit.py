@@ -53,8 +53,9 @@ SCRIPTS = {Config: (1, sft.make_optimizer, lambda model, batch, mode, config: sf
            DPOConfig: (2, dpo.make_optimizer, dpo.get_batch_metrics)}
 # What may make a run fit, the cheapest first
 CHECKPOINTING, SMALLER = "model.activation_checkpointing=true", "model.microbatch_tokens={max_length}"
-REMEDIES = [[SMALLER], [CHECKPOINTING], [CHECKPOINTING, SMALLER], ["model.use_peft=true"],
-            ["model.use_peft=true", CHECKPOINTING], [CHECKPOINTING, SMALLER, "model.cpu_offload=true"]]
+LORA, ON_HOST = "model.use_peft=true", ("model.activation_offload=true", "model.cpu_offload=true")
+REMEDIES = [[SMALLER], [CHECKPOINTING], [CHECKPOINTING, SMALLER], [LORA], [LORA, CHECKPOINTING],
+            [LORA, "model.peft.quantise=true", CHECKPOINTING, SMALLER], [CHECKPOINTING, SMALLER, *ON_HOST]]
 
 
 @dataclasses.dataclass
@@ -143,7 +144,7 @@ def parts_named(gpu: FakeGPU) -> Iterator[None]:
 
 
 def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> Forecast:
-    """Sends a run on n_ranks GPUs through fake tensors: loading, two steps, an evaluation, answers, and the gather for FINAL.
+    """Sends a run on n_ranks GPUs through fake tensors: loading, a step, an evaluation, answers, and the gather for FINAL.
 
     On CPUs too, where it can be held against what a run really takes.
     """
@@ -164,18 +165,24 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
         with phase("loading", "weights"):
             model = make_unallocated(config, gpu)
             shard_model(model, make_mesh(device, wanted.replicas), "target_logps", dtype=compute_dtype(device),
-                        recompute=wanted.activation_checkpointing, offload=wanted.cpu_offload)
+                        recompute=wanted.activation_checkpointing, inputs_on_host=wanted.activation_offload,
+                        offload=wanted.cpu_offload)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
         with phase("the trial"):
             packing = wanted.packing and enable_packing(model, device)
-        batches = make_batches(config, n_ranks, packing)
-        for name in ("the first step", "a step"):  # the second has the optimizer's state from its start
-            with phase(name):
-                for batch in batches:
-                    get_batch_metrics(model, to_device(batch, device), "train", config)[0].backward()
-                clip_gradients(model.parameters(), wanted.max_grad_norm)
-                gpu.counted_as("optimizer", optimizer.step)()
-                optimizer.zero_grad()
+        *others, batch = make_batches(config, n_ranks, packing)
+        with phase("the optimizer's start", "gradients"):
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            gpu.counted_as("optimizer", optimizer.step)()
+        if not others:  # else the last microbatch finds the others' gradients
+            optimizer.zero_grad()
+        with phase("a step"):
+            get_batch_metrics(model, to_device(batch, device), "train", config)[0].backward()
+            clip_gradients(model.parameters(), wanted.max_grad_norm)
+            gpu.counted_as("optimizer", optimizer.step)()
+            optimizer.zero_grad()
         with phase("an evaluation"), torch.no_grad():
             get_batch_metrics(model.eval(), to_device(batch, device), "eval", config)
         if config.n_eval_answers:
@@ -187,11 +194,11 @@ def forecast(config: Config, n_ranks: int, device: torch.device = DEVICE) -> For
             for part in gather_in_parts(model, 5e9):
                 part = {name: tensor.to(torch.bfloat16) for name, tensor in part.items()}
             del part
-        trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         body, head, attention = count_flops(model)
         flops = wanted.max_length * (body + head / 2) + wanted.max_length ** 2 * attention  # of a document
         n_parameters = sum(map(n_weights, model.parameters()))
-        return Forecast(peaks, parts, gpu.host.peak, 3 * trained, wanted.batch_size * n_documents * flops, n_parameters)
+        checkpoint = 3 * sum(parameter.nbytes for parameter in trained)
+        return Forecast(peaks, parts, gpu.host.peak, checkpoint, wanted.batch_size * n_documents * flops, n_parameters)
 
 
 def try_out(argv: list[str], n_ranks: int) -> Forecast | str:

@@ -79,6 +79,7 @@ class ModelConfig:
     max_prompt_length: int | None = knob(None, COUNT, FIXED, "of them, tokens of prompt kept in a row still too long; half")
     max_grad_norm: float = knob(1.0, ABOVE_0, FIXED, "the gradient's global norm is clipped to this")
     activation_checkpointing: bool = knob(False, ANY, FREE, "recompute each block in the backward: less memory, more compute")
+    activation_offload: bool = knob(False, ANY, FREE, "keep each such block's input in the host's memory until its backward")
     cpu_offload: bool = knob(False, ANY, FREE, "keep shards, gradients and optimizer in the host's memory")
     replicas: int = knob(1, COUNT, FREE, "copies of the model, each sharded over neighbouring ranks: HSDP, one a machine")
     compile: bool = knob(False, ANY, FREE, "compile each block and, on a GPU, the log-prob kernel: a minute at the start")
@@ -197,6 +198,8 @@ def check(config: Config, world_size: int) -> list[str]:
     require(not (config.eval_datasets and config.eval_fraction), "eval_datasets and eval_fraction exclude each other")
     require(model.use_peft or not model.load_lora_from, "model.load_lora_from needs model.use_peft=true")
     require(model.use_peft or not model.peft.quantise, "model.peft.quantise=true needs model.use_peft=true")
+    require(model.activation_checkpointing or not model.activation_offload,
+            "model.activation_offload=true needs model.activation_checkpointing=true")
     errors += missing_files(config)
     for key, package in {"wandb.enabled": "wandb", "tensorboard": "tensorboard"}.items():
         require(not get_key(config, key) or importlib.util.find_spec(package),

@@ -33,7 +33,7 @@ def run_script(*argv, n_processes: int = 0, cwd: Path | None = None, timeout: fl
 def run_well(*argv, **options) -> str:
     """conftest's, forked."""
     done = run_script(*argv, **options)
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return done.stdout
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, written_whole
@@ -39,6 +40,7 @@ from fsdp_utils import (
     init_processes,
     make_mesh,
     shard_model,
+    with_inputs_on_host,
 )
 from model_utils import load_tokenizer, load_weights
 from sft import get_batch_metrics, make_model, make_optimizer
@@ -51,6 +53,7 @@ CASES = {f"{name}, {cut}": {"packing": name == "packed", **options} for name in 
          for cut, options in {"whole": {}, "accumulated": {"accumulation": 4}, "few tokens": {"microbatch_tokens": 70}}.items()}
 CASES |= {"packed, recomputed": {"recompute": True, "microbatch_tokens": 70},
           "padded, recomputed": {"recompute": True, "packing": False},
+          "packed, inputs on the host": {"recompute": True, "inputs_on_host": True},
           "packed, replicated": {"replicas": 2, "microbatch_tokens": 70}, "packed, offloaded": {"offload": True},
           "packed, tied": {"kind": "tied"}, "padded, tied": {"kind": "tied", "packing": False}}
 IN_BF16 = {"packed, bf16": {"dtype": torch.bfloat16}, "padded, bf16": {"dtype": torch.bfloat16, "packing": False}}
@@ -204,7 +207,8 @@ def read_texts(folder: Path) -> dict[str, str | None]:
 
 
 def start(folder: Path, tokenizer, kind: str = "untied", packing: bool = True, recompute: bool = False,
-          resume: Path | None = None, replicas: int = 1, offload: bool = False, dtype: torch.dtype = torch.float32, **_):
+          resume: Path | None = None, replicas: int = 1, dtype: torch.dtype = torch.float32, offload: bool = False,
+          inputs_on_host: bool = False, **_):
     """Returns (the sharded model, its optimizer, a counter of how often each block is computed)."""
     device = torch.device("cpu")
     model = make_model(ModelConfig(name_or_path=str(folder / kind)), tokenizer, [2], "", device)
@@ -212,7 +216,7 @@ def start(folder: Path, tokenizer, kind: str = "untied", packing: bool = True, r
     for i, block in enumerate(find_blocks(model)):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # recomputing stops before its end
     mesh = make_mesh(device, min(replicas, dist.get_world_size()))
-    shard_model(model, mesh, "target_logps", dtype=dtype, recompute=recompute, offload=offload)
+    shard_model(model, mesh, "target_logps", dtype=dtype, recompute=recompute, inputs_on_host=inputs_on_host, offload=offload)
     load_weights(model, frozen_only=bool(resume))
     optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 1e-5, 0.01)
     load_checkpoint(resume, model, optimizer)
@@ -384,6 +388,23 @@ def test_the_cases_differ_in_what_they_compute(results):
     for kind in ("packed", "padded"):  # in a step of 3 rows one of 4 ranks has none, and 4 * 4 groups are mostly empty
         assert results[4][f"{kind}, whole"][1]["microbatches"][2] == 1
         assert results[4][f"{kind}, accumulated"][1]["microbatches"][2] >= 3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(),
+                                                                                        reason="no GPU to copy from"))])
+def test_inputs_that_wait_on_the_host_change_no_bit(device):
+    torch.manual_seed(0)
+    blocks, x = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)]).to(device), torch.randn(512, 64, device=device)
+    found = []
+    for wrap in (lambda forward: forward, with_inputs_on_host):
+        y = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        for block in blocks:
+            forward = functools.partial(checkpoint, lambda x, scale, block=block: nn.functional.dropout(block(x) * scale).tanh(),
+                                        use_reentrant=False)
+            y = wrap(forward)(y, scale=x)
+        found.append(torch.autograd.grad(y.sum(), [*blocks.parameters()]))
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(*found, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

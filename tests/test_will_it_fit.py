@@ -3,6 +3,7 @@
 import multiprocessing
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,14 +71,20 @@ def take_steps(n_ranks: int, config: Config) -> int:
     return before + most
 
 
+@pytest.fixture(scope="module")
+def process():
+    """One that has never pretended to have a GPU."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        yield process
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [Config, DPOConfig])
-def test_a_step_takes_what_is_foretold(kind, way, n_ranks):
+def test_a_step_takes_what_is_foretold(process, kind, way, n_ranks):
     config = make_config(kind, **WAYS[way])
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        taken = process.apply(take_steps, (n_ranks, config))
+    taken = process.apply(take_steps, (n_ranks, config))
     foretold = forecast(config, n_ranks, torch.device("cpu")).peaks["a step"]
     assert foretold / 1.001 <= taken <= 1.001 * foretold
 
@@ -123,17 +130,28 @@ def test_answers_new_tokens_and_offloading_are_seen():
     assert offloaded.peaks["a step"] < plain.peaks["a step"] and offloaded.host > plain.host
 
 
-@pytest.mark.parametrize("kind", ["Config", "DPOConfig"])
-def test_the_command_tells_what_fits_and_what_would_make_it_fit(tmp_path, kind):
-    (tmp_path / "config.py").write_text(f"from configs.base import {kind}, ModelConfig\nconfig = {kind}(exp_name='x', "
-                                        "datasets=['d'], "
-                                        f"model=ModelConfig(tokenizer_name_or_path='none', random_init={LLAMA}))\n")
-    said = run_well(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 2, "--gib", 0.1, cwd=tmp_path)
-    assert "24/40/48/80/141" in said and f"32 rows of {'2,048' if kind == 'Config' else '4,096'} tokens needs" in said
+def write_config(folder: Path, kind: str) -> Path:
+    shape = LLAMA | {"num_hidden_layers": 1}
+    (folder / "config.py").write_text(
+        f"from configs.base import {kind}, ModelConfig\nconfig = {kind}(exp_name='x', datasets=['d'], "
+        f"model=ModelConfig(tokenizer_name_or_path='none', random_init={shape}))\n")
+    return folder / "config.py"
+
+
+def test_the_command_tells_what_fits_and_what_would_make_it_fit(tmp_path):
+    file = write_config(tmp_path, "Config")
+    said = run_well(ROOT / "will_it_fit.py", "--config", file, "--gpus", 2, "--gib", 0.1, cwd=tmp_path)
+    assert "24/40/48/80/141" in said and "32 rows of 2,048 tokens needs" in said
     assert re.search(r"^  model.activation_checkpointing=true: 1.\d GiB$", said, re.MULTILINE)
     assert re.search(r"^  --gpus 4: 1.\d GiB$", said, re.MULTILINE)
-    failed = run_script(ROOT / "will_it_fit.py", "--config", tmp_path / "config.py", "--gpus", 3, cwd=tmp_path)
+    assert len(re.findall(r": \d\.\d GiB$", said, re.MULTILINE)) == len(will_it_fit.REMEDIES) + 2  # none of them fails
+    failed = run_script(ROOT / "will_it_fit.py", "--config", file, "--gpus", 3, cwd=tmp_path)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "model.batch_size=32" in failed.stderr
+
+
+def test_the_command_takes_what_dpo_takes(tmp_path):
+    said = run_well(ROOT / "will_it_fit.py", "--config", write_config(tmp_path, "DPOConfig"), "--gpus", 2, cwd=tmp_path)
+    assert "24/40/48/80/141" in said and "32 rows of 4,096 tokens needs" in said
 
 
 @pytest.mark.parametrize("argv, said", [
