@@ -62,13 +62,20 @@ def test_a_level_is_bitsandbytes_to_the_bit(dtype):
     assert torch.equal(made, bnb.dequantize_4bit(codes, state))
 
 
-def test_rows_whose_scales_need_no_rounding_are_packed_as_bitsandbytes_packs_them():
-    blocks = make_weight(12, 256).view(12, 4, BLOCK)
-    blocks = blocks / blocks.abs().amax(2, keepdim=True) * torch.tensor([255.0, 1, 77, 128])[:, None]
-    weight = blocks.flatten(1)
-    codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
-    assert torch.equal(quantise(weight)[:, :128].flatten(), codes.flatten())
-    assert torch.equal(unpack(weight), bnb.dequantize_4bit(codes, state))
+def test_of_the_scales_tried_each_block_has_the_best():
+    """In fp64, a block at a time, and in the form that is in a file."""
+    weight, values = make_weight(6, 256, spread=1.0), torch.tensor(PAIRS[:16, 1].tolist(), dtype=torch.float64)
+    made, packed = unpack(weight).double(), quantise(weight)
+    for row, made_row, steps in zip(weight.double(), made, packed[:, 128:132]):
+        step = row.abs().max() / 255
+        for block, made_block, taken in zip(row.split(BLOCK), made_row.split(BLOCK), steps.tolist()):
+            errors = {}
+            for shift in range(-24, 25, 8):
+                tried = min(255, max(1, round((block.abs().max() / step + shift).item())))
+                nearest = (block[:, None] / (tried * step) - values).abs().argmin(1)
+                errors[tried] = (values[nearest] * tried * step - block).square().sum().item()
+            assert errors[taken] == pytest.approx(min(errors.values()), rel=1e-5)
+            assert (made_block - block).square().sum().item() == pytest.approx(errors[taken], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +93,7 @@ def test_errors_are_no_larger_than_bitsandbytes(dtype):
     for spread in (0.0, 1.0):  # where rows differ in scale, its mean over the whole tensor fits none of them
         weight = make_weight(256, 512, dtype, spread)
         own, its = row_errors(unpack(weight), weight), row_errors(bnb_unpack(weight), weight)
-        assert own.square().mean() <= its.square().mean() and own.max() < 0.11 and (spread == 0 or own.max() < its.max() / 2)
+        assert (own <= its).all() and own.mean() < 0.94 * its.mean()
 
 
 def test_zeros_stay_zeros_and_what_is_tiny_or_large_stays_finite():

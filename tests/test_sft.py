@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from chat import ChatEncoder
 from configs.base import load_config
 from data import IGNORE, SFTDataLoader, tokenise
 from model_utils import load_model, load_tokenizer
+from nf4 import dequantise, pairs_of_values, quantise
 from sft import get_batch_logps, get_batch_metrics, get_lr
 from trial import enable_packing
 
@@ -114,7 +116,7 @@ def test_a_target_that_is_certain_counts():
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs on a tiny random Llama, against plain transformers and torch.optim.AdamW
 
-N_TRAIN, N_EVAL, N_EVALUATED, N_EXAMPLES, N_STEPS = 19, 13, 11, 45, 6  # 8 examples a step, the last step has 5
+N_TRAIN, N_EVAL, N_EVALUATED, N_EXAMPLES, N_STEPS = 19, 13, 11, 42, 6  # 8 examples a step; the last 2: a microbatch has none
 PEAK, DECAY, BETAS, EPS, MAX_NORM = 1e-2, 0.1, (0.85, 0.97), 1e-5, 0.7
 CONFIG = f"""
 from configs.base import Config, ModelConfig
@@ -260,7 +262,7 @@ def reference(folder) -> Reference:
 def test_the_trajectory_is_that_of_a_plain_loop(straight, reference):
     steps, _ = records(straight)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
-    assert [step["counter"] for step in steps] == [8, 16, 24, 32, 40, 45]
+    assert [step["counter"] for step in steps] == [8, 16, 24, 32, 40, 42]
     assert [step["lr"] for step in steps] == pytest.approx(LRS, rel=1e-9, abs=1e-18)
     assert [step["loss/train"] for step in steps] == pytest.approx(reference.losses, rel=1e-6)
     assert [step["grad_norm"] for step in steps] == pytest.approx(reference.norms, rel=1e-5)
@@ -293,7 +295,7 @@ def test_the_final_adam_state_is_that_of_a_plain_loop(straight, reference):
 @slow
 def test_eval_loss_is_the_exact_mean_over_all_targets(folder, straight):
     _, evals = records(straight)
-    assert [(record["step"], record["counter"]) for record in evals] == [(0, 0), (3, 24), (5, 40), (6, 45)]
+    assert [(record["step"], record["counter"]) for record in evals] == [(0, 0), (3, 24), (5, 40), (6, 42)]
     rows = tokenised(folder, "eval")
     first_ones = [rows[i][0] for i in range(N_EVALUATED)]
     for record, weights in zip(evals, ["untied", "runs/straight/step-3", "runs/straight/step-5", "runs/straight/FINAL"]):
@@ -475,7 +477,7 @@ def test_the_first_lines_say_what_is_trained_on_what_from_where(more, name, chec
     first = next(i for i, line in enumerate(lines) if line.startswith("step "))
     evaluation, model, steps, *rest = lines[end + 1:first]
     assert "⟦" in "".join(lines[begin:end]) and begin == 1 and lines[0].startswith(f"data: {N_TRAIN} rows → {N_TRAIN} examples, ")
-    assert evaluation == f"eval: {N_EVALUATED} of {N_EVAL} held-out examples" and steps == "steps: 6, of 45 examples, packed"
+    assert evaluation == f"eval: {N_EVALUATED} of {N_EVAL} held-out examples" and steps == "steps: 6, of 42 examples, packed"
     assert re.fullmatch(r"model: 0\.0M parameters, 0\.0M trained, on [12] x cpu", model)
     *rest, start = rest
     assert rest == ([f"resumed from {checkpoint}"] if checkpoint else []) and re.match(r"start: \d+\.\d s: .*other \d", start)
@@ -856,3 +858,35 @@ config = Config(exp_name="three", datasets=["train.jsonl"], eval_datasets=["eval
     assert evals[0]["loss/eval"] == pytest.approx(weighted(smollm2_losses[12:]), rel=1e-6)
     assert evals[-1]["loss/eval"] == pytest.approx(weighted(after), rel=1e-6)
     assert weighted(after) < 0.9 * weighted(smollm2_losses[12:])
+
+
+@slow
+def test_smollm2_in_four_bits_trains_as_lora_on_the_numbers_they_stand_for(smollm2):
+    model, config, pairs = smollm2 / "model", smollm2 / "four_bits.py", pairs_of_values()
+    shutil.copytree(model, smollm2 / "dequantised")
+    weights, n_linears = load_file(model / "model.safetensors"), 0
+    for name, weight in weights.items():
+        if "_proj" in name:
+            weights[name] = dequantise(quantise(weight), pairs, torch.float32)
+            n_linears += 1
+            if n_linears % 10 == 0:  # all 210 take a minute
+                its = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True))
+                assert (weights[name] - weight).norm() < 0.95 * (its - weight).norm()
+    assert n_linears == 210
+    save_file(weights, smollm2 / "dequantised/model.safetensors", metadata={"format": "pt"})
+    config.write_text(f"""
+from configs.base import Config, ModelConfig, PeftConfig
+
+config = Config(datasets=["train.jsonl"], cache_dir="runs", n_examples=4, lr=1e-3, n_eval_examples=0, export_dtype="float32",
+                model=ModelConfig(name_or_path="{smollm2}/model", batch_size=2, max_length=96, use_peft=True,
+                                  peft=PeftConfig(lora_r=4, lora_alpha=8)))
+""")
+    numbers = []
+    for name, override in (("packed", "model.peft.quantise=true"), ("plain", f"model.name_or_path={smollm2}/dequantised")):
+        run_well(SFT, "--config", config, f"exp_name={name}", override, cwd=smollm2, timeout=400)
+        steps, _ = records(smollm2 / "runs" / name)
+        numbers.append([(step["loss/train"], step["grad_norm"]) for step in steps])
+    assert len(numbers[0]) == 2 and numbers[0] == numbers[1]
+    packed, plain = (load_file(smollm2 / "runs" / name / "FINAL/model.safetensors") for name in ("packed", "plain"))
+    assert packed.keys() == plain.keys() == weights.keys() and all(torch.equal(packed[name], plain[name]) for name in plain)
+    assert any(not torch.equal(plain[name], weights[name]) for name in plain)
