@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 
 import sft
 from checkpoint import load_checkpoint, save_checkpoint, training_state
-from configs.base import Config, ModelConfig
+from configs.base import Config, ModelConfig, PeftConfig
 from data import SFTDataLoader, to_device
 from export import export_model
 from fsdp_utils import accumulate, all_reduce_means, clip_gradients, end_process, init_processes, make_mesh, shard_model
@@ -52,8 +52,11 @@ from will_it_fit import forecast
 
 PARTS = {"kernel": 90, "steps": 120, "bf16": 75, "storage": 150, "resume": 150}  # seconds on a GPU, of steps for each way
 WAYS = {"full, packed": {}, "full, packed, checkpointing": {"activation_checkpointing": True},
+        "the same, inputs on the host": {"activation_checkpointing": True, "activation_offload": True},
         "full, packed, compiled": {"compile": True}, "full, padded": {"packing": False},
-        "LoRA r 64, packed": {"use_peft": True}, "LoRA r 64, packed, compiled": {"use_peft": True, "compile": True}}
+        "LoRA r 64, packed": {"use_peft": True}, "LoRA r 64, packed, compiled": {"use_peft": True, "compile": True},
+        "QLoRA r 64, packed": {"use_peft": True, "peft": PeftConfig(quantise=True)},
+        "QLoRA r 64, packed, compiled": {"use_peft": True, "peft": PeftConfig(quantise=True), "compile": True}}
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
          "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -97,7 +100,7 @@ def make_run(args, device, config: Config, n_steps: int, dtype):
     with device:
         model = sft.make_model(wanted, tokenizer, [], str(args.folder), device)
     shard_model(model, make_mesh(device), "target_logps", dtype=dtype, recompute=wanted.activation_checkpointing,
-                compile=wanted.compile)
+                inputs_on_host=wanted.activation_offload, compile=wanted.compile)
     optimizer = sft.make_optimizer(model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
     assert not wanted.packing or enable_packing(model, device)
     n_rows = wanted.batch_size * n_steps

@@ -37,7 +37,7 @@ CONFIG = """
 from configs.base import {kind}, ModelConfig, PeftConfig
 
 config = {kind}(datasets=["{train}.jsonl"], eval_datasets=["{test}.jsonl"], cache_dir="runs", exp_name="run", lr=3e-3,
-                save_every=32, eval_every=10**6, timeout_minutes=0.3, model=ModelConfig(
+                save_every=32, eval_every=10**6, timeout_minutes=0.5, model=ModelConfig(
                     tokenizer_name_or_path=".", max_length=96, max_prompt_length=48, peft=PeftConfig(lora_r=4), random_init={{
                     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
                     "num_attention_heads": 4, "max_position_embeddings": 96, "attention_dropout": 0.1}}))
@@ -48,6 +48,7 @@ VARIANTS = {
     "exported": ["intermediate_checkpoints=true", "eval_every=64"], "two-epochs": ["n_epochs=2", "keep_last=1"],
     "weighted": ["datasets=[train.jsonl*0.5,more.jsonl*2.25]"], "conditional": ["datasets=[ultrabin]", "conditional=true"],
     "accumulated": ["model.gradient_accumulation_steps=2", "model.microbatch_tokens=128"],
+    "qlora": ["model.use_peft=true", "model.peft.quantise=true"],
     "dpo": ["dpo.py"], "dpo-lora": ["dpo.py", "model.use_peft=true", "n_epochs=2"]}
 RUN, STEP = "runs/run", r"runs/run/checkpoints/step-\d+"
 AIMS = {  # patterns of what the killed rank is about to do, as watched.py words it; of a resume, for the first time

@@ -8,7 +8,8 @@ same rows. A step begins with making its batch, but for the limit's. A real toke
     ours             this project's step: packed rows, the fused log-prob kernel, FSDP2, clipping, AdamW
     ours, compiled   the same with model.compile
     ours, LoRA       ours with adapters on all linears (r 64)
-    PEFT's LoRA      the same, but with the peft package's layer
+    ours, QLoRA      the same over frozen linears in 4 bits
+    PEFT's LoRA      ours, LoRA, but with the peft package's layer
     padded           every row padded to max_length, whole logits, F.cross_entropy, AdamW: transformers as most begin with it
     TRL              its SFTTrainer as it comes, with the same batch and the loss on the answers, if trl is installed;
                      it comes with activation checkpointing
@@ -38,14 +39,15 @@ from common import describe_machine, print_table, resident
 
 import sft
 from chat import ChatEncoder
-from configs.base import ModelConfig
+from configs.base import ModelConfig, PeftConfig
 from data import SFTDataLoader, to_device, tokenise
 from fsdp_utils import clip_gradients, end_process, init_processes, make_mesh, shard_model
 from model_utils import compute_dtype, load_model, load_tokenizer, load_weights
 from rows import list_files, read_rows, to_conversation
 from trial import enable_packing
 
-WAYS = ("ours", "ours, compiled", "ours, LoRA", "PEFT's LoRA", "padded", "TRL", "TRL, no checkpointing", "the limit")
+WAYS = ("ours", "ours, compiled", "ours, LoRA", "ours, QLoRA", "PEFT's LoRA", "padded", "TRL", "TRL, no checkpointing",
+        "the limit")
 
 
 def load_rows(args):
@@ -63,7 +65,9 @@ def make_loader(args, tokenizer, rows, packing: bool) -> SFTDataLoader:
 def make_ours(args, device, adapters: str | None = None):
     """Returns step(i), which trains on the batch of step i."""
     tokenizer, encoder, rows = load_rows(args)
-    config, dtype = ModelConfig(name_or_path=args.model, use_peft=adapters == "ours", compile=args.compile), compute_dtype(device)
+    config = ModelConfig(name_or_path=args.model, use_peft=adapters in ("ours", "quantised"), compile=args.compile,
+                         peft=PeftConfig(quantise=adapters == "quantised"))
+    dtype = compute_dtype(device)
     if adapters == "PEFT's":
         import peft
         model = load_model(args.model, None, tokenizer, encoder.stop_ids, ".cache", dtype, args.compile and device.type == "cuda")
@@ -195,7 +199,7 @@ def work(args) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     if args.way.startswith("TRL"):
         return run_trl(args, began, ended)
-    adapters = {"ours, LoRA": "ours", "PEFT's LoRA": "PEFT's"}.get(args.way)
+    adapters = {"ours, LoRA": "ours", "ours, QLoRA": "quantised", "PEFT's LoRA": "PEFT's"}.get(args.way)
     makers = {"padded": make_padded, "the limit": make_limit}
     args.compile |= args.way == "ours, compiled"
     _, _, device = init_processes()
