@@ -46,7 +46,7 @@ from trial import enable_packing
 GIB = 2 ** 30
 # GiB that a card of so many GB has. Of these the CUDA context, NCCL and cuBLAS take ROOM; between tensors the allocator leaves
 # gaps, with expandable segments about a twentieth.
-CARDS, ROOM, GAPS = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}, 1.5, 1.05
+CARDS, ROOM, GAPS = {16: 15.6, 24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}, 1.5, 1.05
 PROCESS = 1.5 * GIB  # of the host's memory, for Python, torch and transformers
 # Whose configuration it is → (documents of an example, its make_optimizer, its get_batch_metrics(model, batch, mode, config))
 SCRIPTS = {Config: (1, sft.make_optimizer, lambda model, batch, mode, config: sft.get_batch_metrics(model, batch, mode, 1)),
@@ -221,7 +221,7 @@ def show(n_ranks: int, result: Forecast | str) -> None:
     cards = "/".join(str(card) for card, size in CARDS.items() if result.needed <= size) or "none"
     parts = sorted(((size / GIB, part) for part, size in result.parts.items()), reverse=True)
     made_of = ", ".join(f"{part} {size:.1f}" for size, part in parts if size >= 0.05)
-    print(f"{n_ranks:6} {result.peaks[worst] / GIB:9.1f} {result.needed:11.1f} {cards:>17} {(result.host + PROCESS) / GIB:9.1f}  "
+    print(f"{n_ranks:6} {result.peaks[worst] / GIB:9.1f} {result.needed:11.1f} {cards:>18} {(result.host + PROCESS) / GIB:9.1f}  "
           f"{worst}: {made_of}", flush=True)
 
 
@@ -281,7 +281,7 @@ def main() -> None:
         fail(problem)
     with ProcessPoolExecutor(max(1, os.cpu_count() // 2), multiprocessing.get_context("spawn")) as pool:
         results = [(n, pool.submit(try_out, argv, n)) for n in numbers]
-        print("  GPUs  GiB each  with room  fits in cards of  host GiB  at its most in", flush=True)
+        print("  GPUs  GiB each  with room   fits in cards of  host GiB  at its most in", flush=True)
         for n, result in [(n, result.result()) for n, result in results]:
             show(n, result)
             if args.gib and isinstance(result, Forecast) and result.needed > args.gib:
