@@ -20,14 +20,14 @@ def encode(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def quantise(weight: torch.Tensor) -> torch.Tensor:
-    """(out, in) of any float type → (out, in / 2 + in / 64 + 4) uint8, of the scales near a block's largest number the best."""
+    """(out, in) of any float type → (out, in / 2 + in / 64 + 4) uint8, of seven scales from a block's largest up the best."""
     blocks, values = weight.float().unflatten(1, (-1, BLOCK)), torch.tensor(NF4, device=weight.device)
     largest = blocks.abs().amax(2)
     scale = largest.amax(1, keepdim=True).clamp(min=1e-30) / 255
     steps, least = largest, torch.full_like(largest, torch.inf)
-    for shift in range(-24, 25, 8):  # a step is a 255th of the row's largest number
-        tried = (largest / scale + shift).round().clamp(1, 255)
-        errors = (values[encode(blocks, tried * scale).int()] * (tried * scale)[..., None] - blocks).square_().sum(2)
+    for more in range(0, 49, 8):  # none below the largest, which is what a model misses most
+        tried = (largest / scale + more).round().clamp(1, 255)
+        errors = (values[encode(blocks, tried * scale).int()] * tried[..., None] - blocks / scale[..., None]).square_().sum(2)
         steps, least = torch.where(errors < least, tried, steps), torch.minimum(errors, least)
     codes = encode(blocks, steps * scale).flatten(1)
     return torch.cat([codes[:, ::2] << 4 | codes[:, 1::2], steps.byte(), scale.view(torch.uint8)], 1)

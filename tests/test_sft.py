@@ -712,7 +712,8 @@ def test_tiny_learns(tiny):
 def test_nothing_but_our_bars_is_on_stderr_and_one_of_them_stays(tiny):
     """A bar below another one goes up again by ESC [ A, so that it scrolls nothing away."""
     _, printed, (shown, of_rank_1) = tiny
-    bars = r"(training|evaluating|answering|saving|gathering): .*\|.*|(evaluating|answering): \d+ \w+ \[[\d:]+, *[\d.?]+ ?\S+\]"
+    bars = (r"(training|evaluating|answering|saving|gathering): .*\|.*|(evaluating|answering): \d+ \w+ \[[\d:]+, *[\d.?]+ ?\S+\]|"
+            r"tokenising: .* rows \[.*\]")  # the last where it takes more than 2 seconds
     lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", shown) if line.strip()]
     assert [line for line in lines if not re.fullmatch(bars, line)] == [] and of_rank_1 == ""
     assert re.fullmatch(r"training: 100%\|█+\| 2560/2560 \[.*, step 40, loss .*, lr 0.0e\+00, grad norm .* tokens/s\]", lines[-1])
@@ -871,7 +872,7 @@ def test_smollm2_in_four_bits_trains_as_lora_on_the_numbers_they_stand_for(smoll
             n_linears += 1
             if n_linears % 10 == 0:  # all 210 take a minute
                 its = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True))
-                assert (weights[name] - weight).norm() < 0.95 * (its - weight).norm()
+                assert (weights[name] - weight).norm() < (its - weight).norm()
     assert n_linears == 210
     save_file(weights, smollm2 / "dequantised/model.safetensors", metadata={"format": "pt"})
     config.write_text(f"""
