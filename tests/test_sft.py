@@ -863,23 +863,27 @@ config = Config(exp_name="three", datasets=["train.jsonl"], eval_datasets=["eval
 
 @slow
 def test_smollm2_in_four_bits_trains_as_lora_on_the_numbers_they_stand_for(smollm2):
-    model, config, pairs = smollm2 / "model", smollm2 / "four_bits.py", pairs_of_values()
-    shutil.copytree(model, smollm2 / "dequantised")
-    weights, n_linears = load_file(model / "model.safetensors"), 0
-    for name, weight in weights.items():
-        if "_proj" in name:
-            weights[name] = dequantise(quantise(weight), pairs, torch.float32)
-            n_linears += 1
-            if n_linears % 10 == 0:  # all 210 take a minute
-                its = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True))
-                assert (weights[name] - weight).norm() < (its - weight).norm()
-    assert n_linears == 210
+    """Of its first six layers, which take a fifth of the time of all 30."""
+    layers, config = smollm2 / "layers", smollm2 / "four_bits.py"
+    shutil.copytree(smollm2 / "model", layers)
+    settings = json.loads((layers / "config.json").read_text()) | {"num_hidden_layers": 6}
+    (layers / "config.json").write_text(json.dumps(settings))
+    weights = {name: weight for name, weight in load_file(layers / "model.safetensors").items()
+               if not re.search(r"layers\.([6-9]|\d\d)\.", name)}
+    save_file(weights, layers / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(layers, smollm2 / "dequantised")
+    linears = [name for name in weights if "_proj" in name]
+    assert len(linears) == 42
+    for name in linears:
+        weight, weights[name] = weights[name], dequantise(quantise(weights[name]), pairs_of_values(), torch.float32)
+        its = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True))
+        assert (weights[name] - weight).norm() < (its - weight).norm()
     save_file(weights, smollm2 / "dequantised/model.safetensors", metadata={"format": "pt"})
     config.write_text(f"""
 from configs.base import Config, ModelConfig, PeftConfig
 
 config = Config(datasets=["train.jsonl"], cache_dir="runs", n_examples=4, lr=1e-3, n_eval_examples=0, export_dtype="float32",
-                model=ModelConfig(name_or_path="{smollm2}/model", batch_size=2, max_length=96, use_peft=True,
+                model=ModelConfig(name_or_path="{layers}", batch_size=2, max_length=96, use_peft=True,
                                   peft=PeftConfig(lora_r=4, lora_alpha=8)))
 """)
     numbers = []
