@@ -129,14 +129,14 @@ def reference_logps(model: nn.Module, loader: SFTDataLoader, device: torch.devic
     return logps
 
 
-def add_reference(model: nn.Module, loaders: list[SFTDataLoader], made_of: list, device: torch.device) -> None:
+def add_reference(model: nn.Module, loaders: list[SFTDataLoader], config: DPOConfig, base: dict, device: torch.device) -> None:
     """Has the loaders' batches hold, (documents,) each, reference_logps as "reference", and "n_targets".
 
     Called before the first step, so that no second model is held, nor run in each step. (With LoRA this is the model without its
-    adapters, which add nothing at the start.) They are kept beside the rows' tokens, named by all that they follow from, which is
-    what the model is `made_of`: a run that is resumed finds them, or makes them anew before its checkpoint is loaded.
+    adapters, which add nothing at the start.) They are kept beside the rows' tokens, named by all that they follow from, such as
+    the fingerprints of the `base`: a run that is resumed finds them, or makes them anew before its checkpoint is loaded.
     """
-    wanted = {}
+    wanted, made_of = {}, [base, config.model.random_init, config.seed, config.model.use_peft, config.model.peft.quantise]
     for loader in loaders:
         wanted[loader.rows] = np.union1d(wanted.get(loader.rows, []), loader.rows_seen()).astype(np.int64)
     for rows, ids in wanted.items():  # once, where the held-out rows are of the same files
@@ -195,7 +195,7 @@ def main(config: DPOConfig) -> None:
     n_steps = at.step + math.ceil((n_examples - at.counter) / batch_size)
     say(describe_data(encoder.tokenizer, train, held_out, run_dir),
         describe_run(n_examples, n_steps, len(eval_ids), len(held_out.ids), model, packing, latest), describe_start())
-    add_reference(model, [loader, eval_loader], [facts["base"], config.model.random_init, config.seed], device)
+    add_reference(model, [loader, eval_loader], config, facts["base"], device)
     load_checkpoint(latest, model, optimizer)  # if there is one
     log = Log(run_dir, latest, at.counter, n_examples, device, count_flops(model), settings)
     answers, first, last, must_end = {}, at.step, None, catch_signals()

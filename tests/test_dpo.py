@@ -266,6 +266,13 @@ def references(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in (folder / ".cache/tokens").rglob("reference-*")}
 
 
+def test_a_quantised_base_is_its_own_reference(folder):
+    argv = ["model.use_peft=true", "model.peft.lora_r=4"]
+    for name, more in (("as-it-is", []), ("quantised", ["model.peft.quantise=true"])):  # in one cache
+        _, evals = records(train(folder, name, *argv, *more))
+        assert evals[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-6) and abs(evals[0]["margin/eval"]) < 1e-5
+
+
 def cut(run: Path, name: str, step: int) -> Path:
     """A copy of a run that was stopped after this step."""
     copy = run.with_name(name)
