@@ -40,8 +40,9 @@ def export_model(folder: Path, model, tokenizer, n_steps: int, metrics: dict, se
             write_gathered(model, lambda parts: save_adapter(partial / "adapter", model, next(parts)), trained_only=True)
         if whole:
             round_to = rounding(model, settings["export_dtype"])
-            write_gathered(model, lambda parts: save_model(partial, model, (merge_lora(model, part) for part in parts), round_to,
-                                                           names_in_files(model), kept_weights(model)), limit=5e9)
+            write_gathered(model, lambda parts: save_model(
+                partial, model, (merge_lora(model, with_frozen_as_read(model, part), round_to) for part in parts), round_to,
+                names_in_files(model), kept_weights(model)), limit=5e9)
         with failing_together(CheckpointError):
             if dist.get_rank() == 0:
                 tokenizer.save_pretrained(partial)
@@ -77,6 +78,19 @@ def names_in_files(model) -> dict[str, str]:
     names = {name: written for name, (_, written) in model.weight_files.items()}
     tied = getattr(model, "all_tied_weights_keys", {})
     return names | {name: names[source] for name, source in tied.items() if source in names}
+
+
+def with_frozen_as_read(model, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Puts the files' own numbers in the place of frozen weights that are held in a dtype of less precision, to compute in."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in (part.keys() & model.weight_files.keys()) - trained:
+        file, written = model.weight_files[name]
+        with safe_open(file, "pt") as tensors:
+            dtype, held = DTYPES[tensors.get_slice(written).get_dtype()], part[name].dtype
+            if held.is_floating_point and torch.promote_types(held, dtype) != held:
+                known, grown = tensors.get_tensor(written), part[name].to(dtype)
+                part[name] = known if known.shape == grown.shape else torch.cat([known, grown[len(known):]])
+    return part
 
 
 def kept_weights(model) -> Iterator[dict[str, torch.Tensor]]:

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import NoReturn
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -153,16 +155,28 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def with_inputs_on_host(forward: Callable) -> Callable:
-    """Returns the recomputed block's forward, whose one tensor that is kept for the backward, its input, waits on the host.
+    """Returns the recomputed block's forward, whose input, all that is kept of it for the backward, waits on the host.
 
     It is copied to pinned memory and back in the order of the GPU's other work: the host waits for neither. What blocks share
-    (positions, masks) is handed to them by keyword, which checkpoint keeps as it is.
+    (positions, masks) most models hand to them by keyword, which checkpoint keeps as it is; by position it would go too.
     """
     def inner(*args, **kwargs):
         with saved_tensors_hooks(lambda x: (x.device, x.to("cpu", non_blocking=True)),
                                  lambda kept: kept[1].to(kept[0], non_blocking=True)):
             return forward(*args, **kwargs)
     return inner
+
+
+@functools.cache
+def allow_integers() -> None:
+    """Has FSDP2 shard integers, which have no gradient and are never cast; torch does it itself from 2.12 on."""
+    if torch.__version__ >= "2.12":
+        return
+    made_dtypes = _fsdp_param.FSDPParam.init_dtype_attrs
+    _fsdp_param.FSDPParam.init_dtype_attrs = lambda self, policy: made_dtypes(
+        self, policy if self.sharded_param.is_floating_point() else MixedPrecisionPolicy())
+    _fsdp_param.nn = SimpleNamespace(Module=nn.Module, Parameter=lambda data, requires_grad=True: nn.Parameter(
+        data, requires_grad and data.is_floating_point()))
 
 
 @timed("model")

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from fsdp_utils import ModelError, is_finite, name_of, say
+from fsdp_utils import ModelError, allow_integers, is_finite, name_of, say
 from logps import weight_of
 from nf4 import BLOCK, FrozenProduct, dequantise, pairs_of_values, quantise
 from script import one_line
@@ -33,17 +34,23 @@ class QuantisedLinear(nn.Linear):
         self.register_buffer("pairs", pairs, persistent=False)  # for it to lie on the device once
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"model.peft.quantise: it casts to a weight's dtype, which is {x.dtype} where the weight is packed")
         return FrozenProduct.apply(x, self.weight, self.bias, self.pairs)
 
 
-def quantise_linears(model, is_new: bool) -> None:
-    """Puts a QuantisedLinear in the place of each linear that could be adapted, before any is, and says what stays as it is."""
+def find_packable(model) -> dict[str, nn.Linear]:
+    """Returns the linear layers, by name, that can be adapted and are of whole blocks. Raises ModelError where there is none."""
     linears = {name: linear for name, linear in find_linears(model).items() if linear.in_features % BLOCK == 0}
     if not linears:
         raise ModelError(f"model.peft.quantise: no linear layer of {name_of(model)} has a multiple of {BLOCK} inputs")
-    if not is_new and not all(linear.weight.is_meta for linear in linears.values()):  # to be packed as they are read
-        raise ModelError(f"model.peft.quantise: {model.name_or_path}: its files hold weights cut otherwise than the model's")
-    pairs = pairs_of_values()
+    return linears
+
+
+def quantise_linears(model) -> None:
+    """Puts a QuantisedLinear in the place of each linear of find_packable's, before any is adapted; says what stays as it is."""
+    allow_integers()
+    linears, pairs = find_packable(model), pairs_of_values()
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantisedLinear(linear, pairs))
@@ -78,15 +85,11 @@ class LoRALinear(nn.Linear):
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / (math.sqrt(r) if rslora else r)
 
-    def frozen(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype == torch.uint8:
-            return FrozenProduct.apply(x, self.weight, self.bias, self.pairs)
-        return F.linear(x, self.weight, self.bias)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (QuantisedLinear if self.weight.dtype == torch.uint8 else nn.Linear).forward(self, x)
         dropout = self.dropout.p if self.training else 0.0
         low = DropoutLinear.apply(x, self.lora_A.weight, dropout) if dropout else self.lora_A(x)
-        return self.frozen(x) + self.lora_B(low * self.scaling)  # scaled where it is small
+        return y + self.lora_B(low * self.scaling)  # scaled where it is small
 
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name
@@ -236,21 +239,25 @@ def lora_names(weights: dict) -> list[str]:
     return [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
 
 
-def merge_lora(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with adapters → the plain model's: W + s B A, in fp32 and rounded once to W's dtype, and new rows in W.
+def merge_lora(model, weights: dict[str, torch.Tensor],
+               round_to: Callable[[str], torch.dtype] | None = None) -> dict[str, torch.Tensor]:
+    """A state dict with adapters → the plain model's: W + s B A, and new rows in W.
 
-    Where W is packed it is what was computed with: dequantised, in the dtype of the layer.
+    The sum is taken in fp32 and rounded once, to round_to(name), by default W's dtype. Where W is packed it is what was computed
+    with: dequantised, in the dtype of the layer.
     """
+    dtype_of = round_to or (lambda name: weights[name].dtype)
     weights = {name: dequantise(tensor, pairs_of_values(), model.get_submodule(name.removesuffix(".weight")).dtype)
                if tensor.dtype == torch.uint8 else tensor for name, tensor in weights.items()}
     merged = {name: tensor for name, tensor in weights.items() if ".lora_" not in name and not name.endswith(NEW_ROWS)}
     for name in weights.keys() - merged.keys():
         if name.endswith(NEW_ROWS):
             whole = name.replace(NEW_ROWS, "weight")
-            merged[whole] = torch.cat([weights[whole][:-len(weights[name])], weights[name].to(weights[whole].dtype)])
+            rows = weights[whole][:-len(weights[name])], weights[name]
+            merged[whole] = torch.cat([part.to(dtype_of(whole)) for part in rows])
     for name in lora_names(weights):
         a, b, w = (weights[f"{name}.{part}"].float() for part in ("lora_A.weight", "lora_B.weight", "weight"))
-        merged[f"{name}.weight"] = w.addmm(b, a, alpha=model.get_submodule(name).scaling).to(weights[f"{name}.weight"].dtype)
+        merged[f"{name}.weight"] = w.addmm(b, a, alpha=model.get_submodule(name).scaling).to(dtype_of(f"{name}.weight"))
     return merged
 
 

@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 from configs.base import ModelConfig
 from fsdp_utils import ModelError, failing_together, find_blocks, gather_all, is_finite
 from logps import target_logps
-from lora import NEW_ROWS, add_lora, load_adapter, quantise_linears
+from lora import NEW_ROWS, add_lora, find_packable, load_adapter, quantise_linears
 from nf4 import quantise
 from script import one_line, timed
 
@@ -90,7 +90,7 @@ def base_of(settings: dict) -> str:
 
 
 def check_model(settings: dict, tokenizer, cache_dir: str) -> None:
-    """Raises ModelError where there is no such model, or it has no blocks, or no layer for the LoRA that its settings ask for."""
+    """Raises ModelError where there is no such model, or it has no blocks, or no layer for what its settings ask of LoRA."""
     base = base_of(settings)
     try:
         if base:
@@ -103,6 +103,8 @@ def check_model(settings: dict, tokenizer, cache_dir: str) -> None:
     except Exception as error:  # each model's configuration has checks of its own
         raise ModelError(f"{base}: no causal language model can be loaded: {reason(error)}") from error
     find_blocks(model)
+    if settings["peft"]["quantise"]:
+        find_packable(model)
     if settings["use_peft"] and not settings["load_lora_from"]:
         add_lora(model, 1, 1, 0.0, settings["peft"]["target_modules"])
 
@@ -173,7 +175,7 @@ def make_model(config: ModelConfig, tokenizer, stop_ids: list[int], cache_dir: s
                  fuse=config.compile and device.type == "cuda")
     peft = dataclasses.asdict(config.peft)
     if peft.pop("quantise"):
-        quantise_linears(model, is_new=bool(config.random_init) and not config.load_from)
+        quantise_linears(model)
     if config.load_lora_from:
         load_adapter(model, config.load_lora_from, config.peft.lora_dropout, model.n_new_rows)
     elif config.use_peft:
@@ -356,15 +358,16 @@ def fill(weight: torch.Tensor, tensors, name: str, is_new: bool) -> bool:
     """Fills this rank's part of a weight by its name in an open file, rows that are not there by their mean, as are all of a new
     weight's. Returns whether all that it holds now is finite.
     """
-    source, local, first = tensors.get_slice(name), weight, 0
+    source, local, first, device = tensors.get_slice(name), weight, 0, weight.device.type
     if isinstance(weight, DTensor):  # sharded by its first dimension as torch.chunk does, over the mesh's last
         mesh = weight.device_mesh
+        device = mesh.device_type  # also of weights that wait on the host
         first = mesh.get_local_rank(mesh.ndim - 1) * math.ceil(len(weight) / mesh.size(mesh.ndim - 1))
         local = weight.to_local()
     if local.dtype == torch.uint8:  # packed: the device quantises a few rows at a time, of which it makes several copies
         finite = True
         for i in range(0, len(local), 1024):
-            rows = source[first + i:first + min(i + 1024, len(local))].to(local.device)
+            rows = source[first + i:first + min(i + 1024, len(local))].to(device)
             local[i:i + 1024] = quantise(rows)
             finite &= is_finite(rows)
         return finite

@@ -20,17 +20,17 @@ def encode(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def quantise(weight: torch.Tensor) -> torch.Tensor:
-    """(out, in) of any float type → (out, in / 2 + in / 64 + 4) uint8, of seven scales from a block's largest up the best."""
+    """(out, in) of any float type → (out, in / 2 + in / 64 + 4) uint8; of a block's scales that are tried it has the best."""
     blocks, values = weight.float().unflatten(1, (-1, BLOCK)), torch.tensor(NF4, device=weight.device)
     largest = blocks.abs().amax(2)
-    scale = largest.amax(1, keepdim=True).clamp(min=1e-30) / 255
-    steps, least = largest, torch.full_like(largest, torch.inf)
-    for more in range(0, 49, 8):  # none below the largest, which is what a model misses most
-        tried = (largest / scale + more).round().clamp(1, 255)
-        errors = (values[encode(blocks, tried * scale).int()] * tried[..., None] - blocks / scale[..., None]).square_().sum(2)
-        steps, least = torch.where(errors < least, tried, steps), torch.minimum(errors, least)
-    codes = encode(blocks, steps * scale).flatten(1)
-    return torch.cat([codes[:, ::2] << 4 | codes[:, 1::2], steps.byte(), scale.view(torch.uint8)], 1)
+    step = largest.amax(1, keepdim=True).clamp(min=1e-30) / 255
+    scales, least = largest, torch.full_like(largest, torch.inf)
+    for more in range(0, 49, 8):  # from the largest up: below, a block would be less off, but not what a model misses most
+        tried = (largest / step + more).round().clamp(1, 255)
+        errors = (values[encode(blocks, tried * step).int()] * tried[..., None] - blocks / step[..., None]).square_().sum(2)
+        scales, least = torch.where(errors < least, tried, scales), torch.minimum(errors, least)
+    codes = encode(blocks, scales * step).flatten(1)
+    return torch.cat([codes[:, ::2] << 4 | codes[:, 1::2], scales.byte(), step.view(torch.uint8)], 1)
 
 
 def pairs_of_values() -> torch.Tensor:
@@ -39,11 +39,11 @@ def pairs_of_values() -> torch.Tensor:
 
 
 def dequantise(packed: torch.Tensor, pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """quantise's (out, …) uint8 → (out, in): value x (steps x scale), in fp32 and rounded once."""
+    """quantise's (out, …) uint8 → (out, in): value x (scale x step), in fp32 and rounded once."""
     n_blocks = (packed.shape[1] - 4) // (BLOCK // 2 + 1)
-    codes, steps, scale = packed.split([n_blocks * BLOCK // 2, n_blocks, 4], 1)
-    scales = steps * scale.contiguous().view(torch.float32)
-    values = pairs[codes.int()].view(*scales.shape, BLOCK)
+    codes, scales, step = packed.split([n_blocks * BLOCK // 2, n_blocks, 4], 1)
+    scales = scales * step.clone(memory_format=torch.contiguous_format).view(torch.float32)
+    values = F.embedding(codes.int(), pairs).view(*scales.shape, BLOCK)  # an index would be copied in 64 bits first
     return values.mul_(scales[..., None]).flatten(1).to(dtype)  # in place, since it is a temporary of 4 bytes a weight
 
 

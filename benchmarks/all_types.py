@@ -123,10 +123,11 @@ def describe_plain(folder: Path) -> dict:
 # The project, as sft.main has it
 
 
-def prepare(folder: Path, device: torch.device, lora: bool = False, more_tokens: tuple = ()):
+def prepare(folder: Path, device: torch.device, lora: bool = False, quantise: bool = False, more_tokens: tuple = ()):
     """Returns (model, batch, how it is trained and what was said, what exports it to a folder)."""
     tokenizer = load_tokenizer(str(folder), "", more_tokens)
-    config = ModelConfig(name_or_path=str(folder), use_peft=lora, peft=PeftConfig(lora_r=4, lora_alpha=8, lora_dropout=0.0))
+    config = ModelConfig(name_or_path=str(folder), use_peft=lora,
+                         peft=PeftConfig(lora_r=4, lora_alpha=8, lora_dropout=0.0, quantise=quantise))
     with contextlib.redirect_stdout(io.StringIO()) as said:
         model = make_model(config, tokenizer, [2], "", device)
         shard_model(model, make_mesh(device), "target_logps")
@@ -192,8 +193,8 @@ def try_training(folder: Path, out: Path, device: torch.device) -> dict:
         return facts | {"export": f"CRASH {describe(error)}", "export_trace": traceback.format_exc()[-3000:]}
 
 
-def try_lora(folder: Path, out: Path, device: torch.device) -> dict:
-    model, batch, _, export_to = prepare(folder, device, lora=True)
+def try_lora(folder: Path, out: Path, device: torch.device, quantise: bool = False) -> dict:
+    model, batch, _, export_to = prepare(folder, device, lora=True, quantise=quantise)
     loss, gradients = step(model, batch)
     adapters = [name for name in lora_names(gradients) if model.get_submodule(name).lora_A.weight.requires_grad]
     idle = [name for name in adapters if not zero(gradients[f"{name}.lora_A.weight"]).any()]
@@ -206,12 +207,19 @@ def try_lora(folder: Path, out: Path, device: torch.device) -> dict:
 
     export_to(out)
     compare("merged", load_plain(out))
+    if quantise:  # in PEFT its adapter meets another base
+        n_packed = sum(parameter.dtype == torch.uint8 for parameter in model.parameters())
+        return {"qlora": "; ".join([*found, f"{n_packed} packed"])}
     try:
         compare("in PEFT", PeftModel.from_pretrained(load_plain(folder), out / "adapter"))
     except Exception as error:
         found.append(f"CRASH in PEFT {describe(error)}")
         facts["lora_trace"] = traceback.format_exc()[-3000:]
     return facts | {"lora": "; ".join(found) or "exact"}
+
+
+def try_qlora(folder: Path, out: Path, device: torch.device) -> dict:
+    return try_lora(folder, out, device, quantise=True)
 
 
 def try_new_tokens(folder: Path, out: Path, device: torch.device) -> dict:
@@ -250,7 +258,7 @@ def examine(model_type: str, folder: Path, send) -> None:
     except Exception as error:
         return send({"how": "not built", "why": describe(error), "trace": traceback.format_exc()[-3000:]})
     _, _, device = init_processes()
-    for column, work in (("how", try_training), ("lora", try_lora), ("new_tokens", try_new_tokens)):
+    for column, work in (("how", try_training), ("lora", try_lora), ("qlora", try_qlora), ("new_tokens", try_new_tokens)):
         try:
             send(work(base, folder / column, device))
         except ModelError as error:
@@ -287,7 +295,7 @@ def run(model_type: str) -> dict:
         child.kill()
         child.join()
         if late or child.exitcode:
-            column = next((column for column in ("how", "lora", "new_tokens") if column not in row), "end")
+            column = next((column for column in ("how", "lora", "qlora", "new_tokens") if column not in row), "end")
             row[column] = f"CRASH {f'not done after {SECONDS} s' if late else f'exit code {child.exitcode}'}"
             row["log"] = Path(folder, "log").read_text(errors="replace")[-2000:]
     return row | {"seconds": round(time.monotonic() - started, 1)}
@@ -307,7 +315,7 @@ def line(row: dict) -> str:
     numbers = [f"loss {row['loss_error']:.0e}, gradient {row['gradient_error']:.0e}"] if "loss_error" in row else []
     notes = [f"{row['positions']} positions"] if "positions" in row else []
     notes += [] if row.get("causal", True) else ["NOT CAUSAL"]
-    columns = [f"{key}: {row[key]}" for key in ("lora", "new_tokens", "export") if key in row]
+    columns = [f"{key}: {row[key]}" for key in ("lora", "qlora", "new_tokens", "export") if key in row]
     how = f"{row['how']} ({reason(row)})" if reason(row) else row["how"]
     return " | ".join([row["type"], row.get("class", "-"), how, *numbers, *columns, *notes, f"{row['seconds']} s"])
 
@@ -344,7 +352,7 @@ def main() -> None:
             options.json.write_text(json.dumps(rows, indent=1))
     if options.table:
         options.table.write_text(make_table(rows))
-    for column in ("how", "lora", "new_tokens", "export"):
+    for column in ("how", "lora", "qlora", "new_tokens", "export"):
         kinds = Counter(kind_of(row[column]) for row in rows if column in row)
         print(f"{column}:", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
 

@@ -59,7 +59,7 @@ class PeftConfig:
     lora_dropout: float = knob(0.05, FRACTION, FIXED, "dropout on the input of the update")
     target_modules: str | list[str] = knob("all-linear", ANY, FIXED, "names of linears, [q_proj,v_proj], or all but the head")
     use_rslora: bool = knob(False, ANY, FIXED, "scale by lora_alpha / sqrt(lora_r), which keeps large ranks from learning slowly")
-    quantise: bool = knob(False, ANY, FIXED, "QLoRA: keep the frozen linears in 4 bits, NF4: a quarter of the memory")
+    quantise: bool = knob(False, ANY, FIXED, "QLoRA: keep the frozen linears in 4 bits, NF4, a quarter of bf16")
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class ModelConfig:
     max_prompt_length: int | None = knob(None, COUNT, FIXED, "of them, tokens of prompt kept in a row still too long; half")
     max_grad_norm: float = knob(1.0, ABOVE_0, FIXED, "the gradient's global norm is clipped to this")
     activation_checkpointing: bool = knob(False, ANY, FREE, "recompute each block in the backward: less memory, more compute")
-    activation_offload: bool = knob(False, ANY, FREE, "keep each such block's input in the host's memory until its backward")
+    activation_offload: bool = knob(False, ANY, FREE, "keep a recomputed block's input in the host's memory until then")
     cpu_offload: bool = knob(False, ANY, FREE, "keep shards, gradients and optimizer in the host's memory")
     replicas: int = knob(1, COUNT, FREE, "copies of the model, each sharded over neighbouring ranks: HSDP, one a machine")
     compile: bool = knob(False, ANY, FREE, "compile each block and, on a GPU, the log-prob kernel: a minute at the start")

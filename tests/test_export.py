@@ -10,16 +10,18 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import process_of_one
+from conftest import process_of_one, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.base import Config, ModelConfig
+from configs.base import Config, ModelConfig, PeftConfig
 from export import export_model
 from fsdp_utils import init_processes, make_mesh, shard_model
-from lora import LoRALinear
+from lora import NEW_ROWS, LoRALinear
 from make_tiny import make_rows, train_tokenizer
-from model_utils import load_tokenizer, load_weights
+from model_utils import load_model, load_tokenizer, load_weights
+from nf4 import dequantise, pairs_of_values
+from nf4 import quantise as quantise_rows
 from sft import make_model
 
 pytestmark = pytest.mark.slow
@@ -185,6 +187,40 @@ def test_a_lora_run_s_final_has_the_base_s_files_too(bases, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_of_a_frozen_base_held_in_bf16_the_files_own_numbers_are_kept(tmp_path, dtype, quantise):
+    """As on a GPU; three tokens are new, for which the model grows."""
+    write_model(tmp_path / "base", hidden_size=64, dtype=dtype)
+    settings = ModelConfig(name_or_path=str(tmp_path / "base"), use_peft=True, peft=PeftConfig(lora_r=4, quantise=quantise))
+    with process_of_one():
+        *_, device = init_processes(1)
+        tokenizer = load_tokenizer(settings.name_or_path, "", ("<|a|>", "<|b|>", "<|c|>"))
+        model = make_model(settings, tokenizer, [2], "", device,
+                           load=lambda *given, **options: load_model(*given[:5], torch.bfloat16, **options))
+        shard_model(model, make_mesh(device), "target_logps", dtype=torch.bfloat16)
+        load_weights(model)
+        torch.manual_seed(1)
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            parameter.data.to_local().normal_(std=0.1)
+        state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        export_model(tmp_path / "final", model, tokenizer, 1, {"step": 1},
+                     dataclasses.asdict(Config(exp_name="x", cache_dir=str(tmp_path), model=settings)), merged=True)
+    base, final = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "final"))
+    assert base.keys() == final.keys() and {tensor.dtype for tensor in final.values()} == {dtype}
+    for name, tensor in base.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" in state:
+            a, b = (state[f"{layer}.lora_{part}.weight"] for part in "AB")
+            w = dequantise(quantise_rows(tensor), pairs_of_values(), torch.bfloat16) if quantise else tensor
+            expected = torch.addmm(w.float(), b, a, alpha=model.get_submodule(layer).scaling).to(dtype)
+        elif f"{layer}.{NEW_ROWS}" in state:
+            expected = torch.cat([tensor, state[f"{layer}.{NEW_ROWS}"].to(dtype)])
+        else:
+            expected = tensor
+        assert torch.equal(final[name], expected), name
 
 
 def test_peft_0_13_and_today_s_read_the_adapter(four, bases, tmp_path):

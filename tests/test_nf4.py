@@ -15,9 +15,7 @@ from forked import run_script, run_well
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from fsdp_utils import ModelError
-from lora import quantise_linears
-from model_utils import load_model, load_tokenizer
+from lora import LoRALinear, QuantisedLinear
 from nf4 import BLOCK, FrozenProduct, dequantise, encode, pairs_of_values, quantise
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -251,7 +249,7 @@ def test_recomputed_padded_of_some_layers_it_is_the_same(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs on a CPU")
 def test_a_compiled_run_is_the_same(folder):
-    argv = [PACKED, "n_examples=8", "warmup=0", "n_eval_examples=0"]
+    argv = [PACKED, "n_examples=8", "model.gradient_accumulation_steps=1", "warmup=0", "n_eval_examples=0"]  # compiled once
     compiled = run(folder, "compiled", *argv, "model.compile=true", "model.activation_checkpointing=true")
     for line, expected in zip(numbers(compiled), numbers(run(folder, "eager", *argv)), strict=True):
         assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -266,6 +264,29 @@ def test_a_new_model_s_weights_are_quantised_too(folder):
         numbers(run(folder, "new-alone", *argv))[-1]["loss/eval"], rel=1e-6)
     said = "quantised: 12 linear layers; not so: model.embed_tokens.weight, model.layers.*.mlp.down_proj.weight, lm_head.weight"
     assert said in (folder / "runs/new/printed").read_text()
+
+
+@pytest.mark.slow
+def test_of_a_mixture_what_is_no_expert_is_quantised(folder):
+    """Each process loads all of it, since its experts are one tensor in the model, and each by itself in the files."""
+    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=256,
+                           num_key_value_heads=2, num_local_experts=2, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for base in ("mixture", "plain-mixture"):  # the second with the linears' weights as they are after quantising
+        shutil.copytree(folder / "model", folder / base)
+        model.save_pretrained(folder / base)
+        for linear in (module for name, module in model.named_modules() if name.endswith("_proj")):
+            linear.weight.data = unpack(linear.weight.data)
+    argv = ["n_examples=16", "export_dtype=float32"]
+    own = run(folder, "of-mixture", PACKED, *argv, "model.name_or_path=mixture")
+    plain = run(folder, "of-plain-mixture", *argv, "model.name_or_path=plain-mixture")
+    assert numbers(own) == numbers(plain) and final(own).keys() == final(plain).keys()
+    assert all(torch.equal(tensor, final(plain)[name]) for name, tensor in final(own).items())
+    two = run(folder, "of-mixture-on-2", PACKED, *argv, "model.name_or_path=mixture", n_processes=2)
+    assert numbers(two)[-1]["loss/eval"] == pytest.approx(numbers(own)[-1]["loss/eval"], rel=1e-6)
+    assert "quantised: 8 linear layers; not so: model.embed_tokens.weight, model.layers.*.mlp.gate.weight, " \
+           "model.layers.*.mlp.experts.gate_up_proj" in (own / "printed").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,11 +314,8 @@ def test_an_error_is_one_line(folder, tmp_path):
         assert done.stderr.count(said) == 1
 
 
-def test_weights_that_are_cut_otherwise_in_the_files_are_refused(tmp_path):
-    write_model(tmp_path / "model", hidden_size=64, intermediate_size=64)
-    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=256,
-                           num_key_value_heads=2, num_local_experts=2, eos_token_id=2, pad_token_id=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
-    model = load_model(str(tmp_path / "mixtral"), None, load_tokenizer(str(tmp_path / "model"), ""), [2], "", sliced=True)
-    with pytest.raises(ModelError, match="mixtral: its files hold weights cut otherwise than the model's"):
-        quantise_linears(model, is_new=False)
+def test_a_model_that_casts_to_a_weight_s_dtype_is_told():
+    linear = QuantisedLinear(torch.nn.Linear(64, 8), PAIRS)
+    for layer in (linear, LoRALinear(linear, 2, 4, 0.0)):
+        with pytest.raises(TypeError, match="casts to a weight's dtype, which is torch.uint8 where the weight is packed"):
+            layer(torch.ones(3, 64).to(layer.weight.dtype))
