@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import launch, run_script, run_well, write_model
+from conftest import launch, write_model
+from forked import run_script, run_well
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

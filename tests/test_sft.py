@@ -848,8 +848,9 @@ def test_smollm2_learns_from_three_steps(smollm2, smollm2_losses):
     config.write_text(f"""
 from configs.base import Config, ModelConfig
 
-config = Config(exp_name="three", datasets=["train.jsonl"], eval_datasets=["eval.jsonl"], cache_dir="runs", n_examples=12,
-                lr=5e-5, model=ModelConfig(name_or_path="{smollm2}/model", batch_size=4, max_length=256, max_prompt_length=128))
+config = Config(exp_name="three", datasets=["train.jsonl"], eval_datasets=["eval.jsonl"], cache_dir="runs", n_examples=6,
+                lr=5e-5, eval_every=6, model=ModelConfig(
+                    name_or_path="{smollm2}/model", batch_size=2, max_length=256, max_prompt_length=128))
 """)
     run_well(SFT, "--config", config, cwd=smollm2, timeout=300)
     steps, evals = records(smollm2 / "runs/three")
