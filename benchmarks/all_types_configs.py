@@ -78,6 +78,7 @@ CHANGES = {  # to the shrunk default; a dict is merged, ... takes a key away
     "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "lfm2": CONVOLUTIONS, "lfm2_moe": CONVOLUTIONS,
     "llama": {"rope_parameters": LLAMA_3_ROPE, "num_key_value_heads": 2},
+    "llama4": {"text_config": {"moe_layers": [1, 3]}}, "llama4_text": {"moe_layers": [1, 3]},
     "mamba2": {"num_heads": 8, "head_dim": 16}, "ministral": {"head_dim": 16}, "nemotron": {"num_key_value_heads": 2},
     "phi3": {"original_max_position_embeddings": 48, "rope_parameters": LONG_ROPE},
     "phimoe": {"rope_parameters": LONG_ROPE | {"short_mscale": 1.2, "long_mscale": 1.3}},
@@ -96,7 +97,8 @@ def count_layers(config: dict) -> int:
 def pick_layers(config: dict) -> list[int]:
     """Which of a default configuration's layers to keep: the first of each kind, the last, and others from the end."""
     count = count_layers(config)
-    lists = [map(str, value) for value in config.values() if isinstance(value, list) and len(value) == count]
+    lists = [map(str, value) for value in config.values()
+             if isinstance(value, list) and len(value) == count and value != [*range(count)]]  # not the layers' own numbers
     first = {}
     for i, kind in enumerate(zip(*lists)):
         first.setdefault(kind, i)

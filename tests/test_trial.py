@@ -111,7 +111,7 @@ def test_adapters_that_no_gradient_reaches_are_frozen_and_named(capsys, group):
 @pytest.mark.slow
 def test_types_of_each_special_path_equal_transformers_or_are_refused_by_reason(tmp_path):
     """The quick part of the sweep over all types: benchmarks/all_types.py."""
-    types = {"gemma4_text": "packed", "gpt_oss": "packed", "bert": "packed, whole logits", "llama4_text": "padded",
+    types = {"gemma4_text": "packed", "gpt_oss": "packed", "bert": "packed, whole logits", "llama4": "padded",
              "mllama": "packed", "deepseek_v3": "packed", "zamba": "padded", "mamba": "padded", "reformer": "refused"}
     done = run_script(ROOT / "benchmarks/all_types.py", *types, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
