@@ -20,6 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data import DTYPES, TokenisedRows
 from make_tiny import make_rows, train_tokenizer
 
+LONG = ("test_checkpoint.py", "test_sft.py", "test_fake_gpu.py", "test_will_it_fit.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Files that take minutes come first: the last ones, which no other process can share, should be short."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 def launch(argv: Sequence, torchrun: Sequence[str] = (), cwd: Path | None = None) -> subprocess.Popen:
     """Starts a script by python, or by torchrun with these options, on the CPU."""
