@@ -39,10 +39,11 @@ def export_model(folder: Path, model, tokenizer, n_steps: int, metrics: dict, se
         if settings["model"]["use_peft"]:
             write_gathered(model, lambda parts: save_adapter(partial / "adapter", model, next(parts)), trained_only=True)
         if whole:
-            round_to = rounding(model, settings["export_dtype"])
+            dtypes = dtypes_in_files(model)
+            round_to = rounding(model, dtypes, settings["export_dtype"])
             write_gathered(model, lambda parts: save_model(
-                partial, model, (merge_lora(model, with_frozen_as_read(model, part), round_to) for part in parts), round_to,
-                names_in_files(model), kept_weights(model)), limit=5e9)
+                partial, model, (merge_lora(model, with_frozen_as_read(model, part, dtypes), round_to) for part in parts),
+                round_to, names_in_files(model), kept_weights(model)), limit=5e9)
         with failing_together(CheckpointError):
             if dist.get_rank() == 0:
                 tokenizer.save_pretrained(partial)
@@ -80,16 +81,26 @@ def names_in_files(model) -> dict[str, str]:
     return names | {name: names[source] for name, source in tied.items() if source in names}
 
 
-def with_frozen_as_read(model, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Puts the files' own numbers in the place of frozen weights that are held in a dtype of less precision, to compute in."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name in (part.keys() & model.weight_files.keys()) - trained:
-        file, written = model.weight_files[name]
+def dtypes_in_files(model) -> dict[str, torch.dtype]:
+    """Returns each weight's dtype in the base's files, by its name in the model."""
+    dtypes = {}
+    for file in {file for file, _ in model.weight_files.values()}:
         with safe_open(file, "pt") as tensors:
-            dtype, held = DTYPES[tensors.get_slice(written).get_dtype()], part[name].dtype
-            if held.is_floating_point and torch.promote_types(held, dtype) != held:
-                known, grown = tensors.get_tensor(written), part[name].to(dtype)
-                part[name] = known if known.shape == grown.shape else torch.cat([known, grown[len(known):]])
+            dtypes |= {name: DTYPES[tensors.get_slice(written).get_dtype()]
+                       for name, (other, written) in model.weight_files.items() if other == file}
+    return dtypes
+
+
+def with_frozen_as_read(model, part: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Puts the files' own numbers, of these dtypes, in the place of frozen weights that are held in less precision."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in (part.keys() & dtypes.keys()) - trained:
+        held = part[name].dtype
+        if held.is_floating_point and torch.promote_types(held, dtypes[name]) != held:
+            file, written = model.weight_files[name]
+            with safe_open(file, "pt") as tensors:
+                known, grown = tensors.get_tensor(written), part[name].to(dtypes[name])
+            part[name] = known if known.shape == grown.shape else torch.cat([known, grown[len(known):]])
     return part
 
 
@@ -136,15 +147,10 @@ def save_model(folder: Path, model, parts: Iterable[dict[str, torch.Tensor]],
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def rounding(model, dtype: str) -> Callable[[str], torch.dtype]:
+def rounding(model, dtypes: dict[str, torch.dtype], dtype: str) -> Callable[[str], torch.dtype]:
     """Returns what tells a weight's dtype from its name: the one named, or that of the base's file, or else the base's usual."""
     if dtype:
         return lambda name: getattr(torch, dtype)
-    dtypes = {}
-    for file in {file for file, _ in model.weight_files.values()}:
-        with safe_open(file, "pt") as tensors:
-            dtypes |= {name: DTYPES[tensors.get_slice(written).get_dtype()]
-                       for name, (other, written) in model.weight_files.items() if other == file}
     usual = max(dtypes.values(), key=[*dtypes.values()].count, default=model.base_dtype or torch.float32)
     return lambda name: dtypes.get(name, usual)
 
