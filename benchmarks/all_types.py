@@ -9,6 +9,7 @@ reference is plain transformers in fp32, each document alone, and PEFT. Sizes an
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import multiprocessing
@@ -218,10 +219,6 @@ def try_lora(folder: Path, out: Path, device: torch.device, quantise: bool = Fal
     return facts | {"lora": "; ".join(found) or "exact"}
 
 
-def try_qlora(folder: Path, out: Path, device: torch.device) -> dict:
-    return try_lora(folder, out, device, quantise=True)
-
-
 def try_new_tokens(folder: Path, out: Path, device: torch.device) -> dict:
     model, batch, _, export_to = prepare(folder, device, more_tokens=("<|new 1|>", "<|new 2|>", "<|new 3|>"))
     loss, _ = step(model, batch)
@@ -230,6 +227,9 @@ def try_new_tokens(folder: Path, out: Path, device: torch.device) -> dict:
     if len(new) >= VOCABULARY + 3 and torch.equal(new[:len(old)], old) and np.isfinite(loss):
         return {"new_tokens": "good"}
     return {"new_tokens": f"WRONG loss {loss}, {len(new)} rows, {int((new[:len(old)] != old).any(1).sum())} changed"}
+
+
+TRIES = {"how": try_training, "lora": try_lora, "qlora": functools.partial(try_lora, quantise=True), "new_tokens": try_new_tokens}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def examine(model_type: str, folder: Path, send) -> None:
     except Exception as error:
         return send({"how": "not built", "why": describe(error), "trace": traceback.format_exc()[-3000:]})
     _, _, device = init_processes()
-    for column, work in (("how", try_training), ("lora", try_lora), ("qlora", try_qlora), ("new_tokens", try_new_tokens)):
+    for column, work in TRIES.items():
         try:
             send(work(base, folder / column, device))
         except ModelError as error:
@@ -295,7 +295,7 @@ def run(model_type: str) -> dict:
         child.kill()
         child.join()
         if late or child.exitcode:
-            column = next((column for column in ("how", "lora", "qlora", "new_tokens") if column not in row), "end")
+            column = next((column for column in TRIES if column not in row), "end")
             row[column] = f"CRASH {f'not done after {SECONDS} s' if late else f'exit code {child.exitcode}'}"
             row["log"] = Path(folder, "log").read_text(errors="replace")[-2000:]
     return row | {"seconds": round(time.monotonic() - started, 1)}
@@ -315,7 +315,7 @@ def line(row: dict) -> str:
     numbers = [f"loss {row['loss_error']:.0e}, gradient {row['gradient_error']:.0e}"] if "loss_error" in row else []
     notes = [f"{row['positions']} positions"] if "positions" in row else []
     notes += [] if row.get("causal", True) else ["NOT CAUSAL"]
-    columns = [f"{key}: {row[key]}" for key in ("lora", "qlora", "new_tokens", "export") if key in row]
+    columns = [f"{key}: {row[key]}" for key in (*TRIES, "export") if key != "how" and key in row]
     how = f"{row['how']} ({reason(row)})" if reason(row) else row["how"]
     return " | ".join([row["type"], row.get("class", "-"), how, *numbers, *columns, *notes, f"{row['seconds']} s"])
 
@@ -352,7 +352,7 @@ def main() -> None:
             options.json.write_text(json.dumps(rows, indent=1))
     if options.table:
         options.table.write_text(make_table(rows))
-    for column in ("how", "lora", "qlora", "new_tokens", "export"):
+    for column in (*TRIES, "export"):
         kinds = Counter(kind_of(row[column]) for row in rows if column in row)
         print(f"{column}:", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
 
